@@ -1,0 +1,78 @@
+//! What can be said to the engine, and what it says back.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::model::batch::TokenLogprobs;
+use crate::request::{FinishReason, Request, RequestId, TokenId};
+
+/// Everything that can make the engine do something. Nothing else can.
+#[derive(Debug)]
+pub enum Command {
+    Submit {
+        request: Arc<Request>,
+        events: mpsc::Sender<Event>,
+    },
+    /// Every choice of the request ends within one step; no further event is sent.
+    Cancel(RequestId),
+    /// A stop string was found while detokenizing `choice`: it ends as [`FinishReason::Stop`].
+    /// `output_tokens` is how many of its tokens count as output.
+    Finish {
+        id: RequestId,
+        choice: u32,
+        output_tokens: u32,
+    },
+}
+
+/// What the engine tells the owner of a request.
+/// Per choice: any number of `Token`, then one `Finished`. A beam search sends `Beams`, then one `Finished` (choice 0).
+/// After a `Command::Finish` the engine sends no `Finished` for that choice: its owner knows.
+/// When the channel closes before every choice has ended, the engine is gone.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The request took memory for the first time; `cached_tokens` of its prompt were not computed again.
+    Admitted {
+        cached_tokens: u32,
+    },
+    /// Log-probabilities of the next prompt tokens, in order, from the second prompt token on.
+    PromptLogprobs(Vec<TokenLogprobs>),
+    Token {
+        choice: u32,
+        token: TokenId,
+        /// Natural logarithm of the token's probability in the raw distribution.
+        logprob: f32,
+        logprobs: Option<Box<TokenLogprobs>>,
+    },
+    /// The choice gave its memory back; `recomputed_tokens` will be computed again. No token is lost or repeated.
+    Preempted {
+        choice: u32,
+        recomputed_tokens: u32,
+    },
+    /// The finished beams, best first, at most the request's width.
+    Beams(Vec<Beam>),
+    Finished {
+        choice: u32,
+        reason: FinishReason,
+        /// The token that ended the choice, which was also sent as a `Token`.
+        stop_token: Option<TokenId>,
+    },
+}
+
+/// One result of a beam search.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Beam {
+    /// Output tokens, an end token included.
+    pub tokens: Vec<TokenId>,
+    pub cumulative_logprob: f32,
+    pub finish: FinishReason,
+    /// The end token that finished it.
+    pub stop_token: Option<TokenId>,
+}
+
+/// How many events a request can cause at most, so that a queue of this size is never full.
+pub(crate) fn event_capacity(request: &Request) -> usize {
+    let per_choice = |max_tokens: NonZeroU32| max_tokens.get() as usize * 2 + 4;
+    request.width().get() as usize * per_choice(request.max_tokens) + request.prompt.len() + 4
+}

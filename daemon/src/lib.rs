@@ -1,0 +1,10 @@
+//! One node of Bindery: HTTP in, tokens out.
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod engine;
+pub mod kv;
+pub mod model;
+pub mod request;
+pub mod sampling;
+pub mod scheduler;

@@ -1,0 +1,4 @@
+//! The `bindery` command.
+#![forbid(unsafe_code)]
+
+fn main() {}

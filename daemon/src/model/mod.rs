@@ -1,0 +1,3 @@
+//! The forward pass: configuration, weights, layers, and the batch it computes.
+
+pub mod batch;

@@ -1,0 +1,3 @@
+//! Everything `unsafe` of Bindery, behind safe, checked calls.
+
+pub mod cpu;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::model::batch::TokenLogprobs;
-use crate::request::{FinishReason, Request, RequestId, TokenId};
+pub use crate::request::Beam;
+use crate::request::{FinishReason, Request, RequestId, TokenId, TokenLogprobs};
 
 /// Everything that can make the engine do something. Nothing else can.
 #[derive(Debug)]
@@ -58,17 +58,6 @@ pub enum Event {
         /// The token that ended the choice, which was also sent as a `Token`.
         stop_token: Option<TokenId>,
     },
-}
-
-/// One result of a beam search.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Beam {
-    /// Output tokens, an end token included.
-    pub tokens: Vec<TokenId>,
-    pub cumulative_logprob: f32,
-    pub finish: FinishReason,
-    /// The end token that finished it.
-    pub stop_token: Option<TokenId>,
 }
 
 /// How many events a request can cause at most, so that a queue of this size is never full.

@@ -49,8 +49,9 @@ pub(crate) fn next_token(context: &[TokenId], choice: u32) -> TokenId {
 pub(crate) fn candidates(context: &[TokenId], count: u32) -> Vec<TokenLogprob> {
     let base = fingerprint(context);
     let score = |token: u32| -0.01 * (mix(base, u64::from(token)) % 997) as f32 - 0.1;
-    let mut all: Vec<TokenLogprob> =
-        (0..VOCABULARY).map(|token| TokenLogprob { token: TokenId(token), logprob: score(token), rank: 0 }).collect();
+    let mut all: Vec<TokenLogprob> = (0..VOCABULARY)
+        .map(|token| TokenLogprob { token: TokenId(token), logprob: score(token), rank: 0 })
+        .collect();
     all.sort_by(|a, b| b.logprob.total_cmp(&a.logprob).then(a.token.cmp(&b.token)));
     (1..).zip(&mut all).for_each(|(rank, entry)| entry.rank = rank);
     all.truncate(count as usize);
@@ -83,7 +84,9 @@ impl FakeBackend {
                 let last = self.rows[from].last;
                 self.rows.insert(*to, Row { choice: *choice, last });
             }
-            RowChange::Release { row } => assert!(self.rows.remove(row).is_some(), "row {row:?} is released twice"),
+            RowChange::Release { row } => {
+                assert!(self.rows.remove(row).is_some(), "row {row:?} is released twice")
+            }
         }
     }
 
@@ -94,7 +97,11 @@ impl FakeBackend {
     /// The tokens that stand in the arena for the first `len` positions of a table.
     fn read(&self, table: &[crate::kv::BlockId], len: usize) -> Vec<TokenId> {
         let token = |position| self.arena[self.slot(table, position)];
-        (0..len).map(|position| token(position).unwrap_or_else(|| panic!("position {position} is empty"))).collect()
+        (0..len)
+            .map(|position| {
+                token(position).unwrap_or_else(|| panic!("position {position} is empty"))
+            })
+            .collect()
     }
 }
 
@@ -105,7 +112,8 @@ impl Backend for FakeBackend {
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<(), BackendError> {
         for copy in copies {
-            let (from, to) = (copy.from.0 as usize * self.block_size, copy.to.0 as usize * self.block_size);
+            let (from, to) =
+                (copy.from.0 as usize * self.block_size, copy.to.0 as usize * self.block_size);
             let moved: Vec<_> = self.arena[from..from + copy.slots as usize].to_vec();
             assert!(moved.iter().all(Option::is_some), "an empty slot is copied");
             self.arena[to..to + moved.len()].copy_from_slice(&moved);

@@ -68,7 +68,8 @@ impl Clients {
         };
         let choices = vec![Choice::default(); choices];
         let (submitted, id) = (Instant::now(), request.id);
-        let client = Client { request, events, submitted, admitted: None, cached_tokens: 0, choices };
+        let client =
+            Client { request, events, submitted, admitted: None, cached_tokens: 0, choices };
         self.clients.insert(id, client);
     }
 
@@ -90,7 +91,12 @@ impl Clients {
     }
 
     /// One choice ended because its owner found a stop string in its first `output_tokens` tokens.
-    pub(super) fn finish(&mut self, id: RequestId, choice: u32, output_tokens: u32) -> Option<(ChoiceStats, bool)> {
+    pub(super) fn finish(
+        &mut self,
+        id: RequestId,
+        choice: u32,
+        output_tokens: u32,
+    ) -> Option<(ChoiceStats, bool)> {
         let client = self.clients.get_mut(&id)?;
         let own = client.choices.get_mut(choice as usize).filter(|choice| !choice.ended)?;
         own.output_tokens = output_tokens as usize;
@@ -108,7 +114,11 @@ impl Clients {
         let open: Vec<usize> =
             (0..client.choices.len()).filter(|&choice| !client.choices[choice].ended).collect();
         let stats = open.into_iter().map(|choice| client.end(choice, reason)).collect();
-        Some(Left { prompt_tokens: client.request.prompt.len(), was_admitted: client.admitted.is_some(), stats })
+        Some(Left {
+            prompt_tokens: client.request.prompt.len(),
+            was_admitted: client.admitted.is_some(),
+            stats,
+        })
     }
 
     /// The ids of all requests.
@@ -173,7 +183,9 @@ impl Client {
 fn event_of(effect: Effect) -> (RequestId, Event) {
     let count = |tokens| u32::try_from(tokens).unwrap_or(u32::MAX);
     match effect {
-        Effect::Admitted { id, cached_tokens } => (id, Event::Admitted { cached_tokens: count(cached_tokens) }),
+        Effect::Admitted { id, cached_tokens } => {
+            (id, Event::Admitted { cached_tokens: count(cached_tokens) })
+        }
         Effect::Preempted { id, choice, tokens } => {
             (id, Event::Preempted { choice, recomputed_tokens: count(tokens) })
         }
@@ -182,6 +194,8 @@ fn event_of(effect: Effect) -> (RequestId, Event) {
         }
         Effect::PromptLogprobs { id, logprobs } => (id, Event::PromptLogprobs(logprobs)),
         Effect::Beams { id, beams } => (id, Event::Beams(beams)),
-        Effect::Finished { id, choice, reason, stop_token } => (id, Event::Finished { choice, reason, stop_token }),
+        Effect::Finished { id, choice, reason, stop_token } => {
+            (id, Event::Finished { choice, reason, stop_token })
+        }
     }
 }

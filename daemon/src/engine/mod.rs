@@ -1,7 +1,7 @@
 //! The loop: schedule, launch, collect, commit. One thread owns scheduler, backend and KV arena.
 
-pub mod command;
 mod clients;
+pub mod command;
 pub mod handle;
 mod run;
 pub mod stats;

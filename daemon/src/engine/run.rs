@@ -51,7 +51,9 @@ impl Running {
 enum Failure {
     #[error(transparent)]
     Backend(#[from] BackendError),
-    #[error("the scheduler has {running} running and {waiting} waiting sequences and computes none of them")]
+    #[error(
+        "the scheduler has {running} running and {waiting} waiting sequences and computes none of them"
+    )]
     Stalled { running: usize, waiting: usize },
 }
 
@@ -178,7 +180,9 @@ impl<B: Backend, R: Record> Engine<B, R> {
 
     /// One turn: launches a step while the backend takes more, else collects the oldest.
     fn turn(&mut self) -> Result<(), Failure> {
-        if self.in_flight.len() < self.backend.depth() && self.launch()? && self.in_flight.len() < self.backend.depth()
+        if self.in_flight.len() < self.backend.depth()
+            && self.launch()?
+            && self.in_flight.len() < self.backend.depth()
         {
             return Ok(());
         }
@@ -252,7 +256,10 @@ impl<B: Backend, R: Record> Engine<B, R> {
     }
 
     fn remove(&mut self, id: RequestId, reason: FinishReason) {
-        let Some(Left { prompt_tokens, was_admitted, stats }) = self.clients.remove(id, reason) else { return };
+        let Some(Left { prompt_tokens, was_admitted, stats }) = self.clients.remove(id, reason)
+        else {
+            return;
+        };
         self.scheduler.cancel(id);
         if !was_admitted {
             self.shared.left_queue(prompt_tokens);
@@ -319,6 +326,8 @@ impl<B: Backend, R: Record> Engine<B, R> {
         let now = tokens as u128 * 1_000_000 / elapsed.as_micros();
         let before = u128::from(self.shared.tokens_per_second.load(Ordering::Relaxed));
         let mean = if before == 0 { now } else { (before * 15 + now) / 16 };
-        self.shared.tokens_per_second.store(u64::try_from(mean).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
+        self.shared
+            .tokens_per_second
+            .store(u64::try_from(mean).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
     }
 }

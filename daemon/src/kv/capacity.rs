@@ -35,6 +35,9 @@ mod tests {
     #[test]
     fn sizes_that_overflow_are_refused() {
         let block_size = BlockSize(NonZeroU32::new(u32::MAX).unwrap());
-        assert_eq!(plan_blocks(KvBudget { block_size, bytes_per_token: usize::MAX, bytes: 1 }), None);
+        assert_eq!(
+            plan_blocks(KvBudget { block_size, bytes_per_token: usize::MAX, bytes: 1 }),
+            None
+        );
     }
 }

@@ -90,7 +90,13 @@ impl BlockPool {
     /// Makes a pool of `blocks` free blocks beside the null block.
     pub fn new(size: BlockSize, blocks: u32) -> Self {
         let n_records = blocks as usize + 1;
-        let record = |id| Record { references: 0, filled: 0, before: BlockId(id), after: BlockId(id), published: None };
+        let record = |id| Record {
+            references: 0,
+            filled: 0,
+            before: BlockId(id),
+            after: BlockId(id),
+            published: None,
+        };
         let mut pool = Self {
             size,
             records: (0..=blocks).map(record).collect(),
@@ -196,7 +202,9 @@ impl BlockPool {
     pub fn release(&mut self, table: BlockTable, after: Option<StepId>) {
         for &block in table.blocks.iter().rev() {
             match after {
-                Some(step) if self.records[block.index()].references == 1 => self.fence(block, step),
+                Some(step) if self.records[block.index()].references == 1 => {
+                    self.fence(block, step)
+                }
                 Some(_) | None => self.release_block(block),
             }
         }
@@ -220,20 +228,28 @@ impl BlockPool {
 
     /// How many of the first `hits` cached blocks of `keys` are not referenced: taking them uses up available blocks.
     pub fn unreferenced(&self, keys: &[BlockKey]) -> usize {
-        let idle = |key: &&BlockKey| self.by_key.get(key).is_some_and(|&block| self.references(block) == 0);
+        let idle = |key: &&BlockKey| {
+            self.by_key.get(key).is_some_and(|&block| self.references(block) == 0)
+        };
         keys.iter().filter(idle).count()
     }
 
     /// A table over the cached blocks of `keys`, all of which must be cached ([`BlockPool::hits`]).
     pub fn share(&mut self, keys: &[BlockKey]) -> BlockTable {
-        let blocks: Vec<BlockId> = keys.iter().filter_map(|key| self.by_key.get(key).copied()).collect();
+        let blocks: Vec<BlockId> =
+            keys.iter().filter_map(|key| self.by_key.get(key).copied()).collect();
         debug_assert_eq!(blocks.len(), keys.len(), "every key was a hit");
         blocks.iter().for_each(|&block| self.reference(block));
         BlockTable { blocks }
     }
 
     /// The cached block after `parent` that begins with the most of `tokens`, computed before `step`.
-    pub fn longest_prefix(&self, parent: BlockKey, tokens: &[TokenId], step: StepId) -> Option<SharedPrefix> {
+    pub fn longest_prefix(
+        &self,
+        parent: BlockKey,
+        tokens: &[TokenId],
+        step: StepId,
+    ) -> Option<SharedPrefix> {
         let mut child = self.first_child.get(&parent).copied();
         let mut best: Option<SharedPrefix> = None;
         for _ in 0..MAX_COMPARED_CHILDREN {
@@ -275,14 +291,24 @@ impl BlockPool {
     }
 
     /// Makes a full block findable, unless an equal one already is. `tokens` are the block's.
-    pub fn publish(&mut self, block: BlockId, keys: ChainedKey, tokens: impl Iterator<Item = TokenId>, step: StepId) {
+    pub fn publish(
+        &mut self,
+        block: BlockId,
+        keys: ChainedKey,
+        tokens: impl Iterator<Item = TokenId>,
+        step: StepId,
+    ) {
         if self.by_key.contains_key(&keys.key) || self.records[block.index()].published.is_some() {
             return;
         }
         let first = block.index() * self.size.tokens();
-        self.tokens[first..first + self.size.tokens()].iter_mut().zip(tokens).for_each(|(slot, token)| *slot = token);
+        self.tokens[first..first + self.size.tokens()]
+            .iter_mut()
+            .zip(tokens)
+            .for_each(|(slot, token)| *slot = token);
         let sibling = self.first_child.insert(keys.parent, block);
-        self.records[block.index()].published = Some(Published { key: keys.key, parent: keys.parent, step, sibling });
+        self.records[block.index()].published =
+            Some(Published { key: keys.key, parent: keys.parent, step, sibling });
         self.by_key.insert(keys.key, block);
     }
 
@@ -308,7 +334,12 @@ impl BlockPool {
         assert_eq!(listed, self.n_free, "the free list and its count");
         let held = references.iter().filter(|&&count| count > 0).count();
         assert_eq!(held + self.n_free, self.total(), "blocks are conserved");
-        let cached = self.records.iter().skip(1).filter(|r| r.references == 0 && r.published.is_some()).count();
+        let cached = self
+            .records
+            .iter()
+            .skip(1)
+            .filter(|r| r.references == 0 && r.published.is_some())
+            .count();
         assert_eq!(cached, self.n_cached, "cached blocks and their count");
         let shared = references.iter().filter(|&&count| count > 1).count();
         assert_eq!(shared, self.n_shared, "shared blocks and their count");

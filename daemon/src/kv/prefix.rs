@@ -43,7 +43,9 @@ mod tests {
 
     fn chain(hasher: &PrefixHasher, salt: u8, tokens: &[u32]) -> BlockKey {
         let root = hasher.root(Salt([salt; 32]));
-        tokens.chunks(2).fold(root, |key, block| hasher.child(key, block.iter().map(|&token| TokenId(token))))
+        tokens
+            .chunks(2)
+            .fold(root, |key, block| hasher.child(key, block.iter().map(|&token| TokenId(token))))
     }
 
     #[test]

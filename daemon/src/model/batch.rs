@@ -5,8 +5,10 @@ use std::ops::Range;
 use crate::kv::{BlockId, BlockSize};
 use crate::request::Position;
 pub use crate::request::{TokenLogprob, TokenLogprobs};
-pub use crate::scheduler::step::{BlockCopy, DrawKind, Drawn, Input, Output, PromptScore, RowChange, RowId};
 use crate::scheduler::step::Step;
+pub use crate::scheduler::step::{
+    BlockCopy, DrawKind, Drawn, Input, Output, PromptScore, RowChange, RowId,
+};
 
 /// A run of consecutive tokens of one sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,10 +56,18 @@ impl Batch {
         self.inputs.extend_from_slice(&step.inputs);
         self.tables.extend_from_slice(&step.tables);
         self.scores.extend(step.scores.iter().map(|scored| scored.score.clone()));
-        let draws = step.draws.iter().map(|draw| Draw { token: draw.token, row: draw.row, kind: draw.kind });
+        let draws = step.draws.iter().map(|draw| Draw {
+            token: draw.token,
+            row: draw.row,
+            kind: draw.kind,
+        });
         self.draws.extend(draws);
         for chunk in &step.chunks {
-            self.spans.push(Span { tokens: chunk.tokens.clone(), start: chunk.start, table: chunk.table.clone() });
+            self.spans.push(Span {
+                tokens: chunk.tokens.clone(),
+                start: chunk.start,
+                table: chunk.table.clone(),
+            });
             let table = &step.tables[chunk.table.clone()];
             for position in (chunk.start..).take(chunk.tokens.len()) {
                 let block = table[position as usize / size.tokens()];

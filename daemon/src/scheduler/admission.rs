@@ -62,7 +62,8 @@ impl Scheduler {
         for key in unit {
             needed += self.blocks_needed_by(*key, alone);
         }
-        let reserved = if alone { 0 } else { self.blocks_outstanding() + self.limits.watermark_blocks };
+        let reserved =
+            if alone { 0 } else { self.blocks_outstanding() + self.limits.watermark_blocks };
         needed + reserved <= self.pool.available()
     }
 
@@ -71,9 +72,11 @@ impl Scheduler {
         let forks = self.running.iter().map(|running| running.sequence.forks_due as usize);
         let firsts = self.running.iter().enumerate().filter(|(index, running)| {
             let before = index.checked_sub(1).map(|before| self.running[before].sequence.key);
-            running.sequence.is_beam() && !before.is_some_and(|key| key.same_request(running.sequence.key))
+            running.sequence.is_beam()
+                && !before.is_some_and(|key| key.same_request(running.sequence.key))
         });
-        forks.sum::<usize>() + firsts.map(|(_, running)| self.spare_rows_of(running.sequence.key)).sum::<usize>()
+        forks.sum::<usize>()
+            + firsts.map(|(_, running)| self.spare_rows_of(running.sequence.key)).sum::<usize>()
     }
 
     /// How many more beams than it has now the search of `key` may have.
@@ -93,7 +96,8 @@ impl Scheduler {
     fn blocks_outstanding(&self) -> usize {
         let size = self.limits.block_size;
         let lacks = |running: &Running| {
-            let copies = running.sequence.forks_due as usize * usize::from(size.tail(running.sequence.known()) > 0);
+            let copies = running.sequence.forks_due as usize
+                * usize::from(size.tail(running.sequence.known()) > 0);
             size.blocks_for(running.sequence.total()).saturating_sub(running.table.len()) + copies
         };
         self.running.iter().map(lacks).sum()
@@ -120,8 +124,9 @@ impl Scheduler {
         let most = sequence.known() - 1;
         let blocks = self.pool.hits(sequence.keys(&self.hasher, size, size.full_blocks(most)));
         let first = blocks * size.tokens();
-        let next: Vec<TokenId> =
-            (first..most.min(first + size.tokens())).map(|position| sequence.token(position)).collect();
+        let next: Vec<TokenId> = (first..most.min(first + size.tokens()))
+            .map(|position| sequence.token(position))
+            .collect();
         let partial = self.pool.longest_prefix(sequence.parent_key(blocks), &next, self.next_step);
         Cached { blocks, partial }
     }
@@ -140,7 +145,9 @@ impl Scheduler {
         let keys: Vec<BlockKey> = sequence.keys(&self.hasher, size, cached.blocks).to_vec();
         let mut table = self.pool.share(&keys);
         let mut computed = cached.blocks * size.tokens();
-        if let Some(source) = cached.partial.filter(|_| self.spare_block_for(&sequence, cached.blocks)) {
+        if let Some(source) =
+            cached.partial.filter(|_| self.spare_block_for(&sequence, cached.blocks))
+        {
             if let Ok(copy) = self.pool.copy_prefix(&mut table, source) {
                 self.pinned.push(copy.from);
                 step.copies.push(super::running::block_copy(copy));
@@ -155,7 +162,15 @@ impl Scheduler {
         let history = (0..sequence.known()).map(|position| sequence.token(position)).collect();
         self.row_changes.push(RowChange::Admit { row, request, choice, history });
         let published = cached.blocks;
-        let running = Running { sequence, computed, table, row, published, last_step: None, candidates: None };
+        let running = Running {
+            sequence,
+            computed,
+            table,
+            row,
+            published,
+            last_step: None,
+            candidates: None,
+        };
         let index = self.running.partition_point(|other| other.sequence.key < key);
         let tokens = running.pending().min(budget).min(self.limits.chunk_tokens(computed));
         self.running.insert(index, running);
@@ -178,7 +193,8 @@ impl Scheduler {
             sequence.cached = Some(computed);
             step.counts.prefix_queries += sequence.known();
             step.counts.prefix_hits += computed;
-            self.effects.push(Effect::Admitted { id: sequence.request.id, cached_tokens: computed });
+            self.effects
+                .push(Effect::Admitted { id: sequence.request.id, cached_tokens: computed });
         }
     }
 }

@@ -38,7 +38,9 @@ impl Scheduler {
         let key = |member| super::SequenceKey { priority, arrival, member };
         let index = |member: &u32| self.find_running(key(*member)).ok();
         let parents: Option<Vec<usize>> = group.members.iter().map(index).collect();
-        let ready = parents.filter(|parents| parents.iter().all(|&index| self.running[index].candidates.is_some()));
+        let ready = parents.filter(|parents| {
+            parents.iter().all(|&index| self.running[index].candidates.is_some())
+        });
         let Some(parents) = ready else { return self.put_back(id, group) };
         let take = |index: &usize| self.running[*index].candidates.take().unwrap_or_default();
         let candidates: Vec<Vec<TokenLogprob>> = parents.iter().map(take).collect();
@@ -48,7 +50,8 @@ impl Scheduler {
         }
         let parents: Vec<Running> = {
             let first = parents.iter().copied().min().unwrap_or_default();
-            let mut taken: Vec<Running> = self.running.drain(first..first + parents.len()).collect();
+            let mut taken: Vec<Running> =
+                self.running.drain(first..first + parents.len()).collect();
             group.members.iter().filter_map(|&member| take_member(&mut taken, member)).collect()
         };
         self.replace_beams(parents, &continuations, &mut group);
@@ -63,8 +66,14 @@ impl Scheduler {
 
     /// Each beam that goes on is its parent with one more token: the first of a parent's takes the parent's memory,
     /// the others share it, and a parent without any gives it back.
-    fn replace_beams(&mut self, mut parents: Vec<Running>, continuations: &[Continuation], group: &mut BeamGroup) {
-        let first_of = |parent| continuations.iter().position(|continuation| continuation.parent == parent);
+    fn replace_beams(
+        &mut self,
+        mut parents: Vec<Running>,
+        continuations: &[Continuation],
+        group: &mut BeamGroup,
+    ) {
+        let first_of =
+            |parent| continuations.iter().position(|continuation| continuation.parent == parent);
         let mut next: Vec<Option<Running>> = continuations.iter().map(|_| None).collect();
         for (slot, continuation) in continuations.iter().enumerate() {
             if first_of(continuation.parent) != Some(slot) {
@@ -91,7 +100,12 @@ impl Scheduler {
         }
     }
 
-    fn insert_beam(&mut self, mut beam: Running, continuation: &Continuation, group: &mut BeamGroup) {
+    fn insert_beam(
+        &mut self,
+        mut beam: Running,
+        continuation: &Continuation,
+        group: &mut BeamGroup,
+    ) {
         beam.sequence.output.push(continuation.token);
         let key = beam.sequence.key;
         group.members.push(key.member);
@@ -106,7 +120,11 @@ impl Scheduler {
             debug_assert!(false, "admission reserved a row for each beam");
             return;
         };
-        self.row_changes.push(RowChange::Fork { from: beam.row, to: row, choice: beam.sequence.key.member });
+        self.row_changes.push(RowChange::Fork {
+            from: beam.row,
+            to: row,
+            choice: beam.sequence.key.member,
+        });
         beam.row = row;
     }
 

@@ -21,8 +21,11 @@ impl Scheduler {
                 (DrawKind::Sample, Drawn::Token { token, logprob, logprobs }) => {
                     self.take_token(draw.key, token, logprob, logprobs);
                 }
-                (DrawKind::Candidates { .. }, Drawn::Candidates(candidates)) => self.take_candidates(draw, candidates),
-                (DrawKind::Sample, Drawn::Candidates(_)) | (DrawKind::Candidates { .. }, Drawn::Token { .. }) => {
+                (DrawKind::Candidates { .. }, Drawn::Candidates(candidates)) => {
+                    self.take_candidates(draw, candidates)
+                }
+                (DrawKind::Sample, Drawn::Candidates(_))
+                | (DrawKind::Candidates { .. }, Drawn::Token { .. }) => {
                     debug_assert!(false, "a backend answers each draw with its kind");
                 }
             }

@@ -30,7 +30,8 @@ impl Limits {
     /// Most tokens of a chunk that begins after `computed` tokens; at least 1.
     pub(super) fn chunk_tokens(&self, computed: usize) -> usize {
         // The largest n with n * (computed + n) <= max_attended, by the quadratic formula in integers.
-        let discriminant = computed.saturating_mul(computed).saturating_add(self.max_attended.saturating_mul(4));
+        let discriminant =
+            computed.saturating_mul(computed).saturating_add(self.max_attended.saturating_mul(4));
         (discriminant.isqrt().saturating_sub(computed) / 2).max(1)
     }
 }

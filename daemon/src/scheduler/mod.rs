@@ -11,7 +11,7 @@ mod running;
 mod sequence;
 pub mod step;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use limits::{Limits, PrefixCaching};
 pub use sequence::SequenceKey;
@@ -42,12 +42,36 @@ pub fn blocks_needed(request: &Request, block_size: u32) -> usize {
 /// What a request's owner should be told.
 #[derive(Debug, PartialEq)]
 pub enum Effect {
-    Admitted { id: RequestId, cached_tokens: usize },
-    Preempted { id: RequestId, choice: u32, tokens: usize },
-    Token { id: RequestId, choice: u32, token: TokenId, logprob: f32, logprobs: Option<Box<TokenLogprobs>> },
-    PromptLogprobs { id: RequestId, logprobs: Vec<TokenLogprobs> },
-    Beams { id: RequestId, beams: Vec<Beam> },
-    Finished { id: RequestId, choice: u32, reason: FinishReason, stop_token: Option<TokenId> },
+    Admitted {
+        id: RequestId,
+        cached_tokens: usize,
+    },
+    Preempted {
+        id: RequestId,
+        choice: u32,
+        tokens: usize,
+    },
+    Token {
+        id: RequestId,
+        choice: u32,
+        token: TokenId,
+        logprob: f32,
+        logprobs: Option<Box<TokenLogprobs>>,
+    },
+    PromptLogprobs {
+        id: RequestId,
+        logprobs: Vec<TokenLogprobs>,
+    },
+    Beams {
+        id: RequestId,
+        beams: Vec<Beam>,
+    },
+    Finished {
+        id: RequestId,
+        choice: u32,
+        reason: FinishReason,
+        stop_token: Option<TokenId>,
+    },
 }
 
 /// A request with sequences in the scheduler.
@@ -221,12 +245,23 @@ impl Scheduler {
     /// When the bookkeeping contradicts itself.
     pub fn check(&self) {
         self.pool.check(self.running.iter().map(|running| &running.table));
-        assert!(self.running.is_sorted_by(|a, b| a.sequence.key < b.sequence.key), "running is sorted");
-        assert_eq!(self.free_rows.len() + self.running.len(), self.limits.max_num_seqs as usize, "rows are conserved");
+        assert!(
+            self.running.is_sorted_by(|a, b| a.sequence.key < b.sequence.key),
+            "running is sorted"
+        );
+        assert_eq!(
+            self.free_rows.len() + self.running.len(),
+            self.limits.max_num_seqs as usize,
+            "rows are conserved"
+        );
         let size = self.limits.block_size;
         for Running { sequence, computed, table, .. } in &self.running {
             assert!(*computed <= sequence.total(), "no more is computed than there is");
-            assert_eq!(table.len(), size.blocks_for(*computed), "at most block size - 1 slots are empty");
+            assert_eq!(
+                table.len(),
+                size.blocks_for(*computed),
+                "at most block size - 1 slots are empty"
+            );
         }
     }
 
@@ -265,7 +300,8 @@ impl Scheduler {
         if self.limits.prefix_caching == PrefixCaching::Disabled {
             return;
         }
-        let Running { sequence, computed, table, published, last_step, .. } = &mut self.running[index];
+        let Running { sequence, computed, table, published, last_step, .. } =
+            &mut self.running[index];
         let Some(step) = *last_step else { return };
         let size = self.limits.block_size;
         let full = size.full_blocks((*computed).min(sequence.known()));

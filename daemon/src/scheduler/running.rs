@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::sequence::Running;
-use super::step::{BlockCopy, Chunk, DrawKind, Input, PromptScore, RowChange, RowId, Step, StepDraw, StepScore};
+use super::step::{
+    BlockCopy, Chunk, DrawKind, Input, PromptScore, RowChange, RowId, Step, StepDraw, StepScore,
+};
 use super::{Effect, Freed, Scheduler};
 use crate::kv::{BlockTable, SharedPrefixCopy};
 use crate::request::{Decoding, TokenId};
@@ -45,7 +47,9 @@ impl Scheduler {
         if !sequence.is_beam() {
             return first..first + 1;
         }
-        let members = self.running[first..].iter().take_while(|other| other.sequence.key.same_request(sequence.key));
+        let members = self.running[first..]
+            .iter()
+            .take_while(|other| other.sequence.key.same_request(sequence.key));
         first..first + members.count()
     }
 
@@ -66,11 +70,16 @@ impl Scheduler {
 
     /// Preempts the last sequences until the unit's chunks fit.
     fn make_room(&mut self, unit: Range<usize>, chunks: &[usize], step: &mut Step) -> Room {
-        let grows = |(running, tokens): (&Running, &usize)| {
-            self.pool.blocks_to_extend(&running.table, running.computed, running.computed + tokens)
-        };
-        let needed: usize = self.running[unit.clone()].iter().zip(chunks).map(grows).sum();
         loop {
+            // Counted anew each time: a block that only a victim shared needs no copy any more.
+            let grows = |(running, tokens): (&Running, &usize)| {
+                self.pool.blocks_to_extend(
+                    &running.table,
+                    running.computed,
+                    running.computed + tokens,
+                )
+            };
+            let needed: usize = self.running[unit.clone()].iter().zip(chunks).map(grows).sum();
             if needed <= self.pool.available() {
                 return Room::Made;
             }
@@ -231,7 +240,10 @@ impl Running {
         let base = step.inputs.len() - (end - start);
         let next: Vec<TokenId> = sequence.request.prompt[from + 1..=to].to_vec();
         let tokens = base + (from - start)..base + (to - start);
-        step.scores.push(StepScore { key: sequence.key, score: PromptScore { row: self.row, tokens, next, count } });
+        step.scores.push(StepScore {
+            key: sequence.key,
+            score: PromptScore { row: self.row, tokens, next, count },
+        });
         sequence.scored = to;
     }
 

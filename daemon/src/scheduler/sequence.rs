@@ -71,7 +71,18 @@ impl Sequence {
             Decoding::Beam(_) => 0,
         };
         let (output, keys) = (Vec::new(), Vec::new());
-        Self { key, request, output, in_flight: 0, forks_due, cached: None, high_water: 0, scored: 0, root, keys }
+        Self {
+            key,
+            request,
+            output,
+            in_flight: 0,
+            forks_due,
+            cached: None,
+            high_water: 0,
+            scored: 0,
+            root,
+            keys,
+        }
     }
 
     /// Another member with the same tokens.
@@ -111,7 +122,12 @@ impl Sequence {
     }
 
     /// The keys of the first `blocks` blocks, all of whose tokens are known.
-    pub(super) fn keys(&mut self, hasher: &PrefixHasher, size: BlockSize, blocks: usize) -> &[BlockKey] {
+    pub(super) fn keys(
+        &mut self,
+        hasher: &PrefixHasher,
+        size: BlockSize,
+        blocks: usize,
+    ) -> &[BlockKey] {
         while self.keys.len() < blocks {
             let first = self.keys.len() * size.tokens();
             let tokens = (first..first + size.tokens()).map(|position| self.token(position));

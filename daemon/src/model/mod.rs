@@ -1,3 +1,4 @@
 //! The forward pass: configuration, weights, layers, and the batch it computes.
 
 pub mod batch;
+pub mod weights;

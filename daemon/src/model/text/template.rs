@@ -138,10 +138,11 @@ fn variables(
     for absent in ["tools", "documents"] {
         variables.insert(absent.to_owned(), Value::Null);
     }
-    let SpecialTexts { bos, eos, unk, pad } = specials;
-    for (key, text) in
-        [("bos_token", bos), ("eos_token", eos), ("unk_token", unk), ("pad_token", pad)]
-    {
+    // A model without BOS or EOS writes nothing for them.
+    for (key, text) in [("bos_token", &specials.bos), ("eos_token", &specials.eos)] {
+        variables.insert(key.to_owned(), Value::String(text.clone().unwrap_or_default()));
+    }
+    for (key, text) in [("unk_token", &specials.unk), ("pad_token", &specials.pad)] {
         if let Some(text) = text {
             variables.insert(key.to_owned(), Value::String(text.clone()));
         }

@@ -20,6 +20,8 @@ pub(super) fn add(environment: &mut Environment<'_>) {
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
+    // Python's None cannot be iterated; without this `tools is iterable` holds for no tools.
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
 }
 
 fn invalid(text: impl Into<String>) -> Error {

@@ -1,5 +1,8 @@
 //! How arrays are computed: what the engine sees of a device.
 
+pub mod cpu;
+pub mod reference;
+
 use crate::model::batch::{Batch, BlockCopy, Output};
 
 /// A device that computes batches in the order they are launched.

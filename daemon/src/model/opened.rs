@@ -144,3 +144,6 @@ fn read_rope_factors(config: &mut ModelConfig, catalogue: &Catalogue) -> Result<
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

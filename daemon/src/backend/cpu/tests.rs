@@ -320,3 +320,48 @@ fn real_model(file: &str) -> Option<std::path::PathBuf> {
     }
     found
 }
+
+/// The `count` most likely continuations of `prompt`, one token after the other.
+fn greedy(backend: &mut dyn Backend, prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut sequence =
+        Sequence { tokens: prompt.to_vec(), computed: 0, table: (0..12).map(|block| BlockId(1 + block)).collect() };
+    for _ in 0..count {
+        let mut batch = Batch::default();
+        push(&mut batch, 0, &mut sequence, 100, 1);
+        let mut output = Output::default();
+        backend.launch(&batch).unwrap();
+        backend.collect(&mut output).unwrap();
+        let crate::model::batch::Drawn::Candidates(best) = output.drawn.remove(0) else { panic!("candidates") };
+        sequence.tokens.push(best[0].token.0);
+    }
+    sequence.tokens.split_off(prompt.len())
+}
+
+/// Token ids of words that are one entry each in the vocabulary of a byte-level BPE model.
+fn ids(gguf: &crate::model::weights::gguf::Gguf, words: &[&str]) -> Vec<u32> {
+    let tokens = gguf.get_strings("tokenizer.ggml.tokens").unwrap();
+    let id = |word: &&str| u32::try_from(tokens.iter().position(|token| token == word).unwrap()).unwrap();
+    words.iter().map(id).collect()
+}
+
+const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+#[test]
+fn smollm2_knows_the_capital_of_france_and_agrees_with_the_reference() {
+    let Some(path) = real_model(SMOLLM2) else { return };
+    let opened = Opened::open(&ModelFiles::find(&path).unwrap(), LoadFormat::Auto, WeightDtype::Auto).unwrap();
+    let mapping = kernels::mapping::Mapping::open(&path).unwrap();
+    let gguf = crate::model::weights::gguf::Gguf::parse(mapping.bytes()).unwrap();
+    let prompt = ids(&gguf, &["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"]);
+    let config = opened.config().clone();
+    let options = options(&config, KvDtype::F32, 2);
+    let mut reference = ReferenceBackend::new(&opened, &options).unwrap();
+    let mut packed = 0;
+    let weight_bytes = opened.weight_bytes();
+    let weights = opened.load(&mut |done, _| packed = done).unwrap();
+    assert_eq!(packed, weight_bytes as u64);
+    let mut backend = CpuBackend::new(config, weights, options).unwrap();
+    let answer = greedy(&mut backend, &prompt, 8);
+    assert!(answer.contains(&ids(&gguf, &["ĠParis"])[0]), "{answer:?}");
+    assert_eq!(greedy(&mut reference, &prompt, 8), answer);
+}

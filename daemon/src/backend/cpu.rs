@@ -89,14 +89,21 @@ impl CpuBackend {
     ///
     /// # Errors
     /// When the arena's shape is not the model's, or threads or memory cannot be had.
-    pub fn new(config: ModelConfig, weights: Weights, options: CpuOptions) -> Result<Self, BackendError> {
+    pub fn new(
+        config: ModelConfig,
+        weights: Weights,
+        options: CpuOptions,
+    ) -> Result<Self, BackendError> {
         check_kv(&config, &options.kv)?;
         let threads = options.threads.or_else(|| std::thread::available_parallelism().ok());
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.map_or(1, NonZeroUsize::get))
             .thread_name(|index| format!("cpu-{index}"))
             .build()
-            .map_err(|error| BackendError::Device { operation: "start threads", reason: error.to_string() })?;
+            .map_err(|error| BackendError::Device {
+                operation: "start threads",
+                reason: error.to_string(),
+            })?;
         let arena = KvArena::new(options.kv).map_err(device("map the KV arena"))?;
         let CpuOptions { max_tokens, max_rows, .. } = options;
         let model = Model {
@@ -122,7 +129,8 @@ impl CpuBackend {
             rotations * config.head_dim,
         ];
         let per_token: usize = per_token.iter().sum();
-        let logits = logit_rows(config.vocab, max_tokens).saturating_mul(config.vocab + config.hidden);
+        let logits =
+            logit_rows(config.vocab, max_tokens).saturating_mul(config.vocab + config.hidden);
         let floats = max_tokens.saturating_mul(per_token).saturating_add(logits);
         // A row counts the tokens of its sequence and works on a copy of its logits, see `sampling`.
         let sampling = max_rows.saturating_mul(config.vocab);
@@ -177,7 +185,10 @@ impl Model {
     /// The forward pass; leaves the residual stream in the workspace.
     fn step(&mut self, batch: &Batch) -> Result<(), BackendError> {
         let Self { config, weights, tensors, rows, workspace, .. } = self;
-        let unknown = BackendError::Device { operation: "take a drawn token", reason: "its row drew none".to_owned() };
+        let unknown = BackendError::Device {
+            operation: "take a drawn token",
+            reason: "its row drew none".to_owned(),
+        };
         let token = |input: &Input| match input {
             Input::Known(token) => Some(token.0),
             Input::Drawn(row) => rows.last_token(*row).map(|token| token.0),
@@ -187,7 +198,8 @@ impl Model {
         }
         tensors.upload(batch, batch.inputs.iter().filter_map(token));
         let mut activations = workspace.activations(config, batch.inputs.len());
-        forward(tensors, config, weights, &mut activations).map_err(device("compute the forward pass"))
+        forward(tensors, config, weights, &mut activations)
+            .map_err(device("compute the forward pass"))
     }
 
     fn draw(&mut self, batch: &Batch, output: &mut Output) -> Result<(), KernelError> {
@@ -216,7 +228,8 @@ impl Model {
             while !left.is_empty() {
                 let taken = tile.take(left.clone());
                 tensors.logits(&head, &tile.tokens, logit_normed, logits)?;
-                let rows = logits.par_chunks_exact(config.vocab).zip(&next[scores.len()..][..taken]);
+                let rows =
+                    logits.par_chunks_exact(config.vocab).zip(&next[scores.len()..][..taken]);
                 scores.par_extend(rows.map(|(logits, next)| score(logits, *next, *count)));
                 left.start += taken;
             }
@@ -230,7 +243,7 @@ impl Model {
             tokens: self.max_tokens,
             rows: self.max_rows,
             vocab: self.config.vocab,
-            kv: self.tensors.arena().shape().clone(),
+            kv: *self.tensors.arena().shape(),
         }
     }
 }
@@ -258,9 +271,12 @@ impl Workspace {
 
     fn activations(&mut self, config: &ModelConfig, tokens: usize) -> Activations<'_> {
         let (query_width, kv_width) = (config.query_width(), config.kv_width());
-        let [hidden, normed, projected] = self.hidden.each_mut().map(|array| &mut array[..tokens * config.hidden]);
-        let [query, attended] = self.query.each_mut().map(|array| &mut array[..tokens * query_width]);
-        let [key, key_normed, value] = self.kv.each_mut().map(|array| &mut array[..tokens * kv_width]);
+        let [hidden, normed, projected] =
+            self.hidden.each_mut().map(|array| &mut array[..tokens * config.hidden]);
+        let [query, attended] =
+            self.query.each_mut().map(|array| &mut array[..tokens * query_width]);
+        let [key, key_normed, value] =
+            self.kv.each_mut().map(|array| &mut array[..tokens * kv_width]);
         let [gate, up] = self.ffn.each_mut().map(|array| &mut array[..tokens * config.ffn]);
         Activations { hidden, normed, projected, query, attended, key, key_normed, value, gate, up }
     }
@@ -304,7 +320,9 @@ fn check_kv(config: &ModelConfig, kv: &KvShape) -> Result<(), BackendError> {
         ("head size of the arena", config.head_dim, kv.head_dim),
     ];
     match wanted.iter().find(|(_, wanted, got)| *wanted != *got as usize) {
-        Some((what, limit, got)) => Err(BackendError::OutOfRange { what, limit: *limit, got: *got as usize }),
+        Some((what, limit, got)) => {
+            Err(BackendError::OutOfRange { what, limit: *limit, got: *got as usize })
+        }
         None => Ok(()),
     }
 }
@@ -329,11 +347,17 @@ pub(super) fn check(batch: &Batch, limits: &Limits) -> Result<(), BackendError> 
         below("blocks of a table", blocks, table.0 as usize)?;
     }
     for slot in &batch.slots {
-        below("slots of a batch", blocks.saturating_mul(limits.kv.block_size as usize), *slot as usize)?;
+        below(
+            "slots of a batch",
+            blocks.saturating_mul(limits.kv.block_size as usize),
+            *slot as usize,
+        )?;
     }
     for input in &batch.inputs {
         match input {
-            Input::Known(TokenId(token)) => below("token ids of a batch", limits.vocab, *token as usize)?,
+            Input::Known(TokenId(token)) => {
+                below("token ids of a batch", limits.vocab, *token as usize)?
+            }
             Input::Drawn(row) => below_rows(limits, *row)?,
         }
     }
@@ -377,7 +401,11 @@ fn below_rows(limits: &Limits, row: RowId) -> Result<(), BackendError> {
 }
 
 fn below(what: &'static str, limit: usize, got: usize) -> Result<(), BackendError> {
-    if got < limit { Ok(()) } else { Err(BackendError::OutOfRange { what, limit: limit.saturating_sub(1), got }) }
+    if got < limit {
+        Ok(())
+    } else {
+        Err(BackendError::OutOfRange { what, limit: limit.saturating_sub(1), got })
+    }
 }
 
 fn at_most(what: &'static str, limit: usize, got: usize) -> Result<(), BackendError> {

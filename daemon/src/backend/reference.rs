@@ -11,7 +11,8 @@ use crate::model::batch::{Batch, BlockCopy, Input, Output, Span};
 use crate::model::config::{LayerAttention, ModelConfig};
 use crate::model::rope::{Rope, RopeScaling};
 use crate::model::weights::{
-    LayerWeights, Linear, Reader, RowOrder, Source, StoredDtype, VectorKind, WantedMatrix, WantedVector, Weights,
+    LayerWeights, Linear, Reader, RowOrder, Source, StoredDtype, VectorKind, WantedMatrix,
+    WantedVector, Weights,
 };
 use crate::model::{ModelError, Opened};
 use crate::sampling::rows::{Rows, score};
@@ -63,7 +64,7 @@ impl ReferenceBackend {
                 tokens: options.max_tokens,
                 rows: options.max_rows,
                 vocab: config.vocab,
-                kv: options.kv.clone(),
+                kv: options.kv,
             },
             config,
             launched: None,
@@ -82,9 +83,14 @@ impl Backend for ReferenceBackend {
             let got = copy.from.0.max(copy.to.0);
             if got >= self.limits.kv.blocks || copy.slots as usize > self.block_size {
                 let limit = self.limits.kv.blocks as usize;
-                return Err(BackendError::OutOfRange { what: "blocks of a copy", limit, got: got as usize });
+                return Err(BackendError::OutOfRange {
+                    what: "blocks of a copy",
+                    limit,
+                    got: got as usize,
+                });
             }
-            let [from, to] = [copy.from, copy.to].map(|block| block.0 as usize * self.block_size * width);
+            let [from, to] =
+                [copy.from, copy.to].map(|block| block.0 as usize * self.block_size * width);
             for layer in &mut self.kv {
                 layer.key.copy_within(from..from + copy.slots as usize * width, to);
                 layer.value.copy_within(from..from + copy.slots as usize * width, to);
@@ -100,12 +106,16 @@ impl Backend for ReferenceBackend {
         check(batch, &self.limits)?;
         batch.rows.iter().for_each(|change| self.rows.apply(change));
         let device = |operation| {
-            move |error: candle_core::Error| BackendError::Device { operation, reason: error.to_string() }
+            move |error: candle_core::Error| BackendError::Device {
+                operation,
+                reason: error.to_string(),
+            }
         };
         let tokens = self.known(batch)?;
         let mut hidden = Vec::new();
         for span in &batch.spans {
-            hidden.push(self.span(batch, span, &tokens).map_err(device("compute the forward pass"))?);
+            hidden
+                .push(self.span(batch, span, &tokens).map_err(device("compute the forward pass"))?);
         }
         self.launched = Some(self.results(batch, &hidden).map_err(device("compute logits"))?);
         Ok(())
@@ -133,7 +143,10 @@ impl ReferenceBackend {
     fn span(&mut self, batch: &Batch, span: &Span, tokens: &[u32]) -> Result<Tensor> {
         let blocks = &batch.tables[span.table.clone()];
         let reach = span.start as usize + span.tokens.len();
-        let slot = |position: usize| blocks[position / self.block_size].0 as usize * self.block_size + position % self.block_size;
+        let slot = |position: usize| {
+            blocks[position / self.block_size].0 as usize * self.block_size
+                + position % self.block_size
+        };
         let place = Place {
             positions: (span.start..).take(span.tokens.len()).collect(),
             slots: (0..reach).map(slot).collect(),
@@ -145,7 +158,14 @@ impl ReferenceBackend {
         }
         let Self { config, weights, kv, .. } = self;
         for (index, (layer, kv)) in weights.layers.iter().zip(kv).enumerate() {
-            let attended = attention(config, index, layer, kv, &place, &norm(config, &x, &layer.attention_norm)?)?;
+            let attended = attention(
+                config,
+                index,
+                layer,
+                kv,
+                &place,
+                &norm(config, &x, &layer.attention_norm)?,
+            )?;
             x = (x + post_norm(config, attended, layer.post_attention_norm.as_ref())?)?;
             let fed = feed_forward(config, layer, &norm(config, &x, &layer.ffn_norm)?)?;
             x = (x + post_norm(config, fed, layer.post_ffn_norm.as_ref())?)?;
@@ -171,7 +191,8 @@ impl ReferenceBackend {
 
     fn logits(&self, batch: &Batch, hidden: &[Tensor], token: usize) -> Result<Vec<f32>> {
         let span = batch.spans.iter().zip(hidden).find(|(span, _)| span.tokens.contains(&token));
-        let (span, hidden) = span.ok_or_else(|| candle_core::Error::Msg(format!("token {token} is in no span")))?;
+        let (span, hidden) =
+            span.ok_or_else(|| candle_core::Error::Msg(format!("token {token} is in no span")))?;
         let row = hidden.narrow(0, token - span.tokens.start, 1)?;
         row.matmul(&self.weights.head().t()?)?.squeeze(0)?.to_vec1()
     }
@@ -196,10 +217,15 @@ fn attention(
         key = norm(config, &key, key_norm)?;
     }
     let (query, key) = (rotate(config, index, place, &query)?, rotate(config, index, place, &key)?);
-    kv.store(&place.slots[reach - tokens..], &key.flatten_all()?.to_vec1()?, &value.flatten_all()?.to_vec1()?);
+    kv.store(
+        &place.slots[reach - tokens..],
+        &key.flatten_all()?.to_vec1()?,
+        &value.flatten_all()?.to_vec1()?,
+    );
     let seen = |stored: &[f32]| -> Result<Tensor> {
         let width = kv_heads * head_dim;
-        let rows: Vec<f32> = place.slots.iter().flat_map(|slot| &stored[slot * width..][..width]).copied().collect();
+        let rows: Vec<f32> =
+            place.slots.iter().flat_map(|slot| &stored[slot * width..][..width]).copied().collect();
         let rows = Tensor::from_vec(rows, (reach, kv_heads, 1, head_dim), &Device::Cpu)?;
         let groups = rows.broadcast_as((reach, kv_heads, heads / kv_heads, head_dim))?;
         groups.reshape((reach, heads, head_dim))?.transpose(0, 1)?.contiguous()
@@ -221,7 +247,11 @@ impl LayerKv {
     }
 }
 
-fn feed_forward(config: &ModelConfig, layer: &LayerWeights<Tensor, Tensor>, x: &Tensor) -> Result<Tensor> {
+fn feed_forward(
+    config: &ModelConfig,
+    layer: &LayerWeights<Tensor, Tensor>,
+    x: &Tensor,
+) -> Result<Tensor> {
     let gate = linear(&layer.gate, x)?;
     let gate = match config.activation {
         Activation::Silu => gate.silu()?,
@@ -265,7 +295,9 @@ fn mask(attention: LayerAttention, place: &Place) -> Result<Tensor> {
     let others = || (0u32..).take(reach);
     let row = |position: &u32| {
         let position = *position;
-        others().map(move |other| if hidden(position, other) { f32::NEG_INFINITY } else { 0.0 }).collect::<Vec<_>>()
+        others()
+            .map(move |other| if hidden(position, other) { f32::NEG_INFINITY } else { 0.0 })
+            .collect::<Vec<_>>()
     };
     let mask: Vec<f32> = place.positions.iter().flat_map(row).collect();
     Tensor::from_vec(mask, (1, place.positions.len(), reach), &Device::Cpu)
@@ -278,9 +310,11 @@ fn rotate(config: &ModelConfig, layer: usize, place: &Place, x: &Tensor) -> Resu
         _ => &config.rope,
     };
     let half = config.head_dim / 2;
-    let frequencies = Tensor::from_vec(inverse_frequencies(rope, config.head_dim), (1, half), &Device::Cpu)?;
+    let frequencies =
+        Tensor::from_vec(inverse_frequencies(rope, config.head_dim), (1, half), &Device::Cpu)?;
     let positions: Vec<f32> = place.positions.iter().map(|position| *position as f32).collect();
-    let angles = Tensor::from_vec(positions, (place.positions.len(), 1), &Device::Cpu)?.matmul(&frequencies)?;
+    let angles = Tensor::from_vec(positions, (place.positions.len(), 1), &Device::Cpu)?
+        .matmul(&frequencies)?;
     let angles = Tensor::cat(&[&angles, &angles], 1)?.unsqueeze(1)?;
     let turned = Tensor::cat(&[&x.narrow(2, half, half)?.neg()?, &x.narrow(2, 0, half)?], 2)?;
     x.broadcast_mul(&angles.cos()?)? + turned.broadcast_mul(&angles.sin()?)?
@@ -288,11 +322,14 @@ fn rotate(config: &ModelConfig, layer: usize, place: &Place, x: &Tensor) -> Resu
 
 /// [head_dim / 2], by wavelengths as in the Llama 3.1 reference.
 fn inverse_frequencies(rope: &Rope, head_dim: usize) -> Vec<f32> {
-    let plain = (0..head_dim).step_by(2).map(|dim| 1.0 / rope.base.powf(dim as f32 / head_dim as f32));
+    let plain =
+        (0..head_dim).step_by(2).map(|dim| 1.0 / rope.base.powf(dim as f32 / head_dim as f32));
     match &rope.scaling {
         RopeScaling::None => plain.collect(),
         RopeScaling::Linear { factor } => plain.map(|frequency| frequency / factor).collect(),
-        RopeScaling::Factors(factors) => plain.zip(factors).map(|(frequency, factor)| frequency / factor).collect(),
+        RopeScaling::Factors(factors) => {
+            plain.zip(factors).map(|(frequency, factor)| frequency / factor).collect()
+        }
         RopeScaling::Llama3 { factor, low_frequency, high_frequency, original_context } => plain
             .map(|frequency| {
                 let wavelength = std::f32::consts::TAU / frequency;
@@ -301,8 +338,8 @@ fn inverse_frequencies(rope: &Rope, head_dim: usize) -> Vec<f32> {
                 } else if wavelength > original_context / low_frequency {
                     frequency / factor
                 } else {
-                    let smooth =
-                        (original_context / wavelength - low_frequency) / (high_frequency - low_frequency);
+                    let smooth = (original_context / wavelength - low_frequency)
+                        / (high_frequency - low_frequency);
                     (1.0 - smooth) * frequency / factor + smooth * frequency
                 }
             })
@@ -325,9 +362,12 @@ impl Dequantizer<'_> {
         let bytes = catalogue.bytes(stored);
         let StoredDtype::Known(dtype) = &stored.dtype else { return Err(missing()) };
         match float_dtype(*dtype) {
-            Some(dtype) => Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu)?.to_dtype(DType::F32),
+            Some(dtype) => {
+                Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu)?.to_dtype(DType::F32)
+            }
             None => {
-                let quantized = qtensor_from_ggml(ggml_dtype(*dtype), bytes, shape.to_vec(), &Device::Cpu)?;
+                let quantized =
+                    qtensor_from_ggml(ggml_dtype(*dtype), bytes, shape.to_vec(), &Device::Cpu)?;
                 quantized.dequantize(&Device::Cpu)
             }
         }
@@ -344,7 +384,8 @@ impl Reader for Dequantizer<'_> {
         let read = || match self.source {
             Source::Files(_) => ordered(self.read(name, &shape)?, *order),
             Source::Dummy(dummy) => {
-                Tensor::from_raw_buffer(&dummy.matrix(wanted), DType::BF16, &shape, &Device::Cpu)?.to_dtype(DType::F32)
+                Tensor::from_raw_buffer(&dummy.matrix(wanted), DType::BF16, &shape, &Device::Cpu)?
+                    .to_dtype(DType::F32)
             }
         };
         read().map_err(|source| ModelError::Candle { name: name.clone(), source })
@@ -380,9 +421,14 @@ fn float_dtype(dtype: Dtype) -> Option<DType> {
         Dtype::F32 => Some(DType::F32),
         Dtype::F16 => Some(DType::F16),
         Dtype::BF16 => Some(DType::BF16),
-        Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => {
-            None
-        }
+        Dtype::Q8_0
+        | Dtype::Q4_0
+        | Dtype::Q4_1
+        | Dtype::Q5_0
+        | Dtype::Q5_1
+        | Dtype::Q4K
+        | Dtype::Q5K
+        | Dtype::Q6K => None,
     }
 }
 

@@ -167,7 +167,9 @@ impl ModelConfig {
         };
         check_even(&keys, "head_dim", head_dim)?;
         let ropes = json_ropes(architecture, config, &keys)?;
-        let scaled_by = keys.positive_opt("query_pre_attn_scalar")?.filter(|_| architecture == Architecture::Gemma3);
+        let scaled_by = keys
+            .positive_opt("query_pre_attn_scalar")?
+            .filter(|_| architecture == Architecture::Gemma3);
         Ok(Self {
             architecture,
             layers,
@@ -185,7 +187,10 @@ impl ModelConfig {
             attention_scale: scaled_by.unwrap_or(as_f32(head_dim)).sqrt().recip(),
             activation: json_activation(architecture, &keys)?,
             embedding_scale: embedding_scale(architecture, hidden),
-            head: match keys.flag_opt("tie_word_embeddings")?.unwrap_or(architecture == Architecture::Gemma3) {
+            head: match keys
+                .flag_opt("tie_word_embeddings")?
+                .unwrap_or(architecture == Architecture::Gemma3)
+            {
                 true => OutputHead::Tied,
                 false => OutputHead::Own,
             },
@@ -201,11 +206,15 @@ impl ModelConfig {
     /// Names the key or tensor that is missing, absurd or asks for what is not supported.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
         let word = Keys::Gguf { gguf, architecture: "general" }.word_opt("architecture")?;
-        let word = word.ok_or_else(|| ModelError::KeyMissing { key: "general.architecture".to_owned() })?;
+        let word =
+            word.ok_or_else(|| ModelError::KeyMissing { key: "general.architecture".to_owned() })?;
         let architecture = Architecture::of_word(&word)?;
         // Files of Mistral models say `llama`; one that says otherwise follows no known convention.
         if architecture == Architecture::Mistral {
-            return Err(ModelError::Architecture { got: word, wanted: "gemma3, llama, qwen2, qwen3".to_owned() });
+            return Err(ModelError::Architecture {
+                got: word,
+                wanted: "gemma3, llama, qwen2, qwen3".to_owned(),
+            });
         }
         let keys = Keys::Gguf { gguf, architecture: &word };
         for key in ["expert_count", "attn_logit_softcapping", "final_logit_softcapping"] {
@@ -230,12 +239,15 @@ impl ModelConfig {
             max_position: keys.count("context_length", MOST_POSITIONS)?,
             rms_epsilon: keys.positive("attention.layer_norm_rms_epsilon")?,
             rope: gguf_rope(&keys)?,
-            sliding_rope: (architecture == Architecture::Gemma3).then(|| Rope {
-                base: GEMMA_SLIDING_BASE,
-                scaling: RopeScaling::None,
-            }),
+            sliding_rope: (architecture == Architecture::Gemma3)
+                .then_some(Rope { base: GEMMA_SLIDING_BASE, scaling: RopeScaling::None }),
             attention: gguf_attention(architecture, layers, &keys)?,
-            attention_scale: gguf_attention_scale(architecture, layers, as_f32(head_dim), as_f32(hidden / heads)),
+            attention_scale: gguf_attention_scale(
+                architecture,
+                layers,
+                as_f32(head_dim),
+                as_f32(hidden / heads),
+            ),
             activation: activation_of(architecture),
             embedding_scale: embedding_scale(architecture, hidden),
             head: if has("output.weight") { OutputHead::Own } else { OutputHead::Tied },
@@ -288,7 +300,9 @@ fn json_architecture(config: &Json, keys: &Keys<'_>) -> Result<Architecture, Mod
 fn json_activation(architecture: Architecture, keys: &Keys<'_>) -> Result<Activation, ModelError> {
     let key = match architecture {
         Architecture::Gemma3 => "hidden_activation",
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => "hidden_act",
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => {
+            "hidden_act"
+        }
     };
     match keys.word_opt(key)?.as_deref() {
         None => Ok(activation_of(architecture)),
@@ -309,26 +323,39 @@ fn json_biases(architecture: Architecture, keys: &Keys<'_>) -> Result<Biases, Mo
 }
 
 /// `rope_parameters` (newer files) or `rope_theta` and `rope_scaling`.
-fn json_ropes(architecture: Architecture, config: &Json, keys: &Keys<'_>) -> Result<Ropes, ModelError> {
+fn json_ropes(
+    architecture: Architecture,
+    config: &Json,
+    keys: &Keys<'_>,
+) -> Result<Ropes, ModelError> {
     if keys.positive_opt("partial_rotary_factor")?.is_some_and(|share| share != 1.0) {
         keys.refuse("partial_rotary_factor")?;
     }
     let object = |path: &'static str| config.get(path).filter(|value| value.is_object());
     let gemma = architecture == Architecture::Gemma3;
     let global_base = if gemma { 1e6 } else { 1e4 };
-    let parts = |path| object("rope_parameters").and_then(|kinds| kinds.get(path)).filter(|kind| kind.is_object());
+    let parts = |path| {
+        object("rope_parameters").and_then(|kinds| kinds.get(path)).filter(|kind| kind.is_object())
+    };
     let rope = |object, path, base| {
         let keys = Keys::Json { object, path };
-        Ok::<_, ModelError>(Rope { base: keys.positive_opt("rope_theta")?.unwrap_or(base), scaling: json_scaling(&keys)? })
+        Ok::<_, ModelError>(Rope {
+            base: keys.positive_opt("rope_theta")?.unwrap_or(base),
+            scaling: json_scaling(&keys)?,
+        })
     };
     let global = match (parts("full_attention"), object("rope_parameters")) {
         (Some(part), _) => rope(part, "rope_parameters.full_attention", global_base)?,
-        (None, Some(flat)) => rope(flat, "rope_parameters", keys.positive_opt("rope_theta")?.unwrap_or(global_base))?,
+        (None, Some(flat)) => {
+            rope(flat, "rope_parameters", keys.positive_opt("rope_theta")?.unwrap_or(global_base))?
+        }
         (None, None) => Rope {
             base: keys.positive_opt("rope_theta")?.unwrap_or(global_base),
             scaling: match object("rope_scaling") {
                 Some(object) => json_scaling(&Keys::Json { object, path: "rope_scaling" })?,
-                None if keys.has("rope_scaling") => return Err(keys.wrong("rope_scaling", "an object".to_owned(), "another type")),
+                None if keys.has("rope_scaling") => {
+                    return Err(keys.wrong("rope_scaling", "an object".to_owned(), "another type"));
+                }
                 None => RopeScaling::None,
             },
         },
@@ -351,9 +378,14 @@ fn json_scaling(keys: &Keys<'_>) -> Result<RopeScaling, ModelError> {
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear { factor: keys.positive("factor")? }),
         Some("llama3") => {
-            let (low, high) = (keys.positive("low_freq_factor")?, keys.positive("high_freq_factor")?);
+            let (low, high) =
+                (keys.positive("low_freq_factor")?, keys.positive("high_freq_factor")?);
             if high <= low {
-                return Err(keys.wrong("high_freq_factor", format!("more than low_freq_factor ({low})"), high));
+                return Err(keys.wrong(
+                    "high_freq_factor",
+                    format!("more than low_freq_factor ({low})"),
+                    high,
+                ));
             }
             Ok(RopeScaling::Llama3 {
                 factor: keys.positive("factor")?,
@@ -379,12 +411,18 @@ fn json_attention(
         (Architecture::Qwen2 | Architecture::Qwen3, Some(window)) => {
             keys.flag_opt("use_sliding_window")?.unwrap_or(false).then_some(window)
         }
-        (Architecture::Llama | Architecture::Mistral | Architecture::Gemma3, Some(window)) => Some(window),
+        (Architecture::Llama | Architecture::Mistral | Architecture::Gemma3, Some(window)) => {
+            Some(window)
+        }
     };
     let Some(window) = sliding else {
         return match architecture {
-            Architecture::Gemma3 => Err(ModelError::KeyMissing { key: "sliding_window".to_owned() }),
-            _ if asks_to_slide(config) => Err(ModelError::KeyMissing { key: "sliding_window".to_owned() }),
+            Architecture::Gemma3 => {
+                Err(ModelError::KeyMissing { key: "sliding_window".to_owned() })
+            }
+            _ if asks_to_slide(config) => {
+                Err(ModelError::KeyMissing { key: "sliding_window".to_owned() })
+            }
             _ => Ok(vec![LayerAttention::Global; layers]),
         };
     };
@@ -436,7 +474,9 @@ fn gguf_head_dim(keys: &Keys<'_>, hidden: usize, heads: usize) -> Result<usize, 
     check_even(keys, "attention.key_length", head_dim)?;
     for key in ["attention.value_length", "rope.dimension_count"] {
         match keys.count_opt(key, MOST_HEAD_DIM)? {
-            Some(other) if other != head_dim => return Err(keys.wrong(key, head_dim.to_string(), other)),
+            Some(other) if other != head_dim => {
+                return Err(keys.wrong(key, head_dim.to_string(), other));
+            }
             Some(_) | None => {}
         }
     }
@@ -466,7 +506,9 @@ fn gguf_rope(keys: &Keys<'_>) -> Result<Rope, ModelError> {
         },
         Some("none") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: keys.positive("rope.scaling.factor")? },
-        Some(other) => return Err(keys.wrong("rope.scaling.type", "none or linear".to_owned(), other)),
+        Some(other) => {
+            return Err(keys.wrong("rope.scaling.type", "none or linear".to_owned(), other));
+        }
     };
     Ok(Rope { base: keys.positive_opt("rope.freq_base")?.unwrap_or(1e4), scaling })
 }
@@ -478,14 +520,23 @@ fn gguf_attention(
 ) -> Result<Vec<LayerAttention>, ModelError> {
     let key = "attention.sliding_window";
     let gemma = architecture == Architecture::Gemma3;
-    let window = if gemma { Some(keys.count(key, MOST_POSITIONS)?) } else { keys.count_opt(key, MOST_POSITIONS)? };
+    let window = if gemma {
+        Some(keys.count(key, MOST_POSITIONS)?)
+    } else {
+        keys.count_opt(key, MOST_POSITIONS)?
+    };
     let Some(window) = window else { return Ok(vec![LayerAttention::Global; layers]) };
     let window = u32::try_from(window).map_err(|_| ModelError::TooLarge)?;
     let slides = |layer: usize| !gemma || !(layer + 1).is_multiple_of(GEMMA_PATTERN);
     Ok((0..layers).map(|layer| LayerAttention::of(slides(layer), window)).collect())
 }
 
-fn gguf_attention_scale(architecture: Architecture, layers: usize, head_dim: f32, share: f32) -> f32 {
+fn gguf_attention_scale(
+    architecture: Architecture,
+    layers: usize,
+    head_dim: f32,
+    share: f32,
+) -> f32 {
     let whole_width = architecture == Architecture::Gemma3 && layers == GEMMA_27B_LAYERS;
     (if whole_width { share } else { head_dim }).sqrt().recip()
 }
@@ -493,7 +544,9 @@ fn gguf_attention_scale(architecture: Architecture, layers: usize, head_dim: f32
 fn activation_of(architecture: Architecture) -> Activation {
     match architecture {
         Architecture::Gemma3 => Activation::GeluTanh,
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => Activation::Silu,
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => {
+            Activation::Silu
+        }
     }
 }
 
@@ -522,7 +575,12 @@ fn refuse_unless_zero(keys: &Keys<'_>, key: &str) -> Result<(), ModelError> {
     }
 }
 
-fn check_divides(keys: &Keys<'_>, key: &str, heads: usize, kv_heads: usize) -> Result<(), ModelError> {
+fn check_divides(
+    keys: &Keys<'_>,
+    key: &str,
+    heads: usize,
+    kv_heads: usize,
+) -> Result<(), ModelError> {
     match heads.is_multiple_of(kv_heads) {
         true => Ok(()),
         false => Err(keys.wrong(key, format!("a divisor of the {heads} heads"), kv_heads)),

@@ -25,6 +25,8 @@ pub enum ModelError {
     Architecture { got: String, wanted: String },
     #[error("tensor {name} is missing")]
     TensorMissing { name: String },
+    #[error("tensor {name} is no part of the model that the configuration describes")]
+    TensorUnknown { name: String },
     #[error("tensor {name}: wanted shape {wanted:?}, got {got:?}")]
     TensorShape { name: String, wanted: Vec<usize>, got: Vec<usize> },
     #[error("tensor {name}: wanted dtype {wanted}, got {got}")]

@@ -49,11 +49,15 @@ impl ModelFiles {
                 let files = gguf_files(first)?;
                 match ggufs.iter().find(|other| !files.contains(other)) {
                     None => Ok(Self::Gguf(files)),
-                    Some(other) => Err(not_wanted(path, "one GGUF", format!("{} too", other.display()))),
+                    Some(other) => {
+                        Err(not_wanted(path, "one GGUF", format!("{} too", other.display())))
+                    }
                 }
             }
             _ if has_config => Ok(Self::Folder(path.to_owned())),
-            _ => Err(not_wanted(path, "a folder with config.json or one GGUF", "neither".to_owned())),
+            _ => {
+                Err(not_wanted(path, "a folder with config.json or one GGUF", "neither".to_owned()))
+            }
         }
     }
 }
@@ -69,7 +73,9 @@ fn gguf_files(path: &Path) -> Result<Vec<PathBuf>, ModelError> {
     if split.files == 0 || split.files > MOST_FILES {
         return Err(not_wanted(path, "1 to 4096 files", split.files.to_string()));
     }
-    let file = |index| path.with_file_name(format!("{}-{:05}-of-{:05}.gguf", split.stem, index, split.files));
+    let file = |index| {
+        path.with_file_name(format!("{}-{:05}-of-{:05}.gguf", split.stem, index, split.files))
+    };
     Ok((1..=split.files).map(file).collect())
 }
 
@@ -114,7 +120,13 @@ pub(super) fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>, ModelErro
     for (tensor, file) in map {
         match file.as_str().filter(|file| is_plain(file)) {
             Some(file) => names.insert(file),
-            None => return Err(not_wanted(&index, "the name of a file in the folder", format!("{file} for {tensor}"))),
+            None => {
+                return Err(not_wanted(
+                    &index,
+                    "the name of a file in the folder",
+                    format!("{file} for {tensor}"),
+                ));
+            }
         };
     }
     match names.len() {
@@ -158,7 +170,10 @@ mod tests {
     #[test]
     fn any_file_of_a_split_finds_all_in_order() {
         let folder = folder(&["a-00002-of-00002.gguf", "a-00001-of-00002.gguf"]);
-        let files = vec![folder.path().join("a-00001-of-00002.gguf"), folder.path().join("a-00002-of-00002.gguf")];
+        let files = vec![
+            folder.path().join("a-00001-of-00002.gguf"),
+            folder.path().join("a-00002-of-00002.gguf"),
+        ];
         let found = ModelFiles::find(&files[1]).unwrap();
         assert_eq!(found, ModelFiles::Gguf(files.clone()));
         assert_eq!(ModelFiles::find(folder.path()).unwrap(), ModelFiles::Gguf(files));
@@ -180,7 +195,10 @@ mod tests {
     #[test]
     fn config_alone_is_a_folder() {
         let folder = folder(&["config.json"]);
-        assert_eq!(ModelFiles::find(folder.path()).unwrap(), ModelFiles::Folder(folder.path().to_owned()));
+        assert_eq!(
+            ModelFiles::find(folder.path()).unwrap(),
+            ModelFiles::Folder(folder.path().to_owned())
+        );
     }
 
     #[test]

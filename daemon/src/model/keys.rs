@@ -110,12 +110,19 @@ impl Keys<'_> {
     pub(super) fn refuse(&self, key: &str) -> Result<(), ModelError> {
         match self.scalar(key) {
             None => Ok(()),
-            Some(value) => Err(self.wrong(key, "none: what it asks for is not supported".to_owned(), value)),
+            Some(value) => {
+                Err(self.wrong(key, "none: what it asks for is not supported".to_owned(), value))
+            }
         }
     }
 
     /// The error for a key with the wrong value.
-    pub(super) fn wrong(&self, key: &str, wanted: String, got: impl std::fmt::Display) -> ModelError {
+    pub(super) fn wrong(
+        &self,
+        key: &str,
+        wanted: String,
+        got: impl std::fmt::Display,
+    ) -> ModelError {
         let got: String = got.to_string().chars().take(100).collect();
         ModelError::Key { key: self.full(key), wanted, got }
     }

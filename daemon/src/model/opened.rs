@@ -8,8 +8,8 @@ use super::files::{ModelFiles, read_config, safetensors_files};
 use super::rope::RopeScaling;
 use super::weights::gguf::Gguf;
 use super::weights::{
-    Catalogue, Check, Dummy, Layout, Packer, Reader, Source, StoredDtype, WantedMatrix, WantedVector,
-    Weights, floats, map, wanted,
+    Catalogue, Check, Dummy, Layout, Packer, Reader, Source, StoredDtype, WantedMatrix,
+    WantedVector, Weights, floats, map, wanted,
 };
 
 /// Where the weights come from.
@@ -47,13 +47,19 @@ impl Opened {
     ///
     /// # Errors
     /// Names the file, key or tensor that is missing, wrong or not supported.
-    pub fn open(files: &ModelFiles, format: LoadFormat, dtype: WeightDtype) -> Result<Self, ModelError> {
+    pub fn open(
+        files: &ModelFiles,
+        format: LoadFormat,
+        dtype: WeightDtype,
+    ) -> Result<Self, ModelError> {
         let (config, source, layout) = match files {
             ModelFiles::Gguf(paths) => open_gguf(paths, format)?,
             ModelFiles::Folder(folder) => {
                 let config = ModelConfig::from_json(&read_config(&folder.join("config.json"))?)?;
                 let source = match format {
-                    LoadFormat::Auto => Source::Files(Catalogue::of_safetensors(&safetensors_files(folder)?)?),
+                    LoadFormat::Auto => {
+                        Source::Files(Catalogue::of_safetensors(&safetensors_files(folder)?)?)
+                    }
                     LoadFormat::Dummy { seed } => Source::Dummy(Dummy { seed }),
                 };
                 (config, source, Layout::Safetensors)
@@ -66,9 +72,9 @@ impl Opened {
             (Layout::Safetensors, WeightDtype::BF16) => Some(Dtype::BF16),
         };
         let wanted = wanted(&config, layout);
-        let mut check = Check { source: &source, dtype, bytes: 0 };
+        let mut check = Check::new(&source, dtype);
         wanted.read(&mut check)?;
-        let weight_bytes = check.bytes;
+        let weight_bytes = check.finish()?;
         Ok(Self { config, source, wanted, dtype, weight_bytes })
     }
 
@@ -89,7 +95,13 @@ impl Opened {
     /// Names the tensor at fault.
     pub fn load(self, progress: &mut dyn FnMut(u64, u64)) -> Result<Weights, ModelError> {
         let all_bytes = self.weight_bytes as u64;
-        let mut packer = Packer { source: &self.source, dtype: self.dtype, progress, packed_bytes: 0, all_bytes };
+        let mut packer = Packer {
+            source: &self.source,
+            dtype: self.dtype,
+            progress,
+            packed_bytes: 0,
+            all_bytes,
+        };
         self.wanted.read(&mut packer)
     }
 
@@ -129,7 +141,11 @@ fn read_rope_factors(config: &mut ModelConfig, catalogue: &Catalogue) -> Result<
     let Some(stored) = catalogue.tensors.get(name) else { return Ok(()) };
     let shape = vec![config.head_dim / 2];
     if stored.shape != shape {
-        return Err(ModelError::TensorShape { name: name.to_owned(), wanted: shape, got: stored.shape.clone() });
+        return Err(ModelError::TensorShape {
+            name: name.to_owned(),
+            wanted: shape,
+            got: stored.shape.clone(),
+        });
     }
     if stored.dtype != StoredDtype::Known(Dtype::F32) {
         let got = format!("{:?}", stored.dtype);

@@ -14,9 +14,16 @@ pub struct Rope {
 pub enum RopeScaling {
     None,
     /// All frequencies divided by `factor`.
-    Linear { factor: f32 },
+    Linear {
+        factor: f32,
+    },
     /// Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated.
-    Llama3 { factor: f32, low_frequency: f32, high_frequency: f32, original_context: f32 },
+    Llama3 {
+        factor: f32,
+        low_frequency: f32,
+        high_frequency: f32,
+        original_context: f32,
+    },
     /// Each pair's frequency divided by a factor of its own, `[head_dim / 2]`: `rope_freqs.weight` of a GGUF.
     Factors(Vec<f32>),
 }
@@ -39,7 +46,9 @@ impl RopeScaling {
         match self {
             Self::None => frequency,
             Self::Linear { factor } => frequency / f64::from(*factor),
-            Self::Factors(factors) => frequency / factors.get(pair).map_or(1.0, |factor| f64::from(*factor)),
+            Self::Factors(factors) => {
+                frequency / factors.get(pair).map_or(1.0, |factor| f64::from(*factor))
+            }
             Self::Llama3 { factor, low_frequency, high_frequency, original_context } => {
                 let turns = f64::from(*original_context) * frequency / std::f64::consts::TAU;
                 let (low, high) = (f64::from(*low_frequency), f64::from(*high_frequency));
@@ -64,7 +73,10 @@ pub fn rotations(positions: &[u32], frequencies: &[f32], cos: &mut [f32], sin: &
 }
 
 /// The nearest single; the frequencies here lie within its range.
-#[expect(clippy::cast_possible_truncation, reason = "rounding to single precision is what is wanted")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "rounding to single precision is what is wanted"
+)]
 fn narrow(value: f64) -> f32 {
     value as f32
 }
@@ -96,7 +108,9 @@ mod tests {
     fn linear_scaling_divides_every_frequency() {
         let rope = |scaling| Rope { base: 1e4, scaling }.frequencies(64);
         let (plain, scaled) = (rope(RopeScaling::None), rope(RopeScaling::Linear { factor: 4.0 }));
-        assert!(plain.iter().zip(&scaled).all(|(plain, scaled)| (plain / scaled - 4.0).abs() < 1e-5));
+        assert!(
+            plain.iter().zip(&scaled).all(|(plain, scaled)| (plain / scaled - 4.0).abs() < 1e-5)
+        );
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The operations that the forward pass is written in, on arrays in this machine's memory.
 //! They see the step that was uploaded, never the batch's owners.
 
-use kernels::cpu::{self as kernel, Activation, AttendSpan, Attention, KernelError, KvArena, Matrix};
+use kernels::cpu::{
+    self as kernel, Activation, AttendSpan, Attention, KernelError, KvArena, Matrix,
+};
 use rayon::prelude::*;
 
 use crate::model::batch::{Batch, BlockCopy, Span};
@@ -82,9 +84,15 @@ impl Tensors {
     ///
     /// # Errors
     /// When a token has no row.
-    pub fn embed(&self, table: &Matrix, scale: Option<f32>, out: &mut [f32]) -> Result<(), KernelError> {
+    pub fn embed(
+        &self,
+        table: &Matrix,
+        scale: Option<f32>,
+        out: &mut [f32],
+    ) -> Result<(), KernelError> {
         let rows = out.par_chunks_exact_mut(table.cols());
-        rows.zip(&self.tokens).try_for_each(|(row, token)| table.dequantize_row(*token as usize, row))?;
+        rows.zip(&self.tokens)
+            .try_for_each(|(row, token)| table.dequantize_row(*token as usize, row))?;
         if let Some(scale) = scale {
             kernel::scale(out, scale);
         }
@@ -165,12 +173,19 @@ impl Tensors {
     ///
     /// # Errors
     /// When the lengths do not fit the matrix.
-    pub fn logits(&self, head: &Head<'_>, rows: &[usize], normed: &mut [f32], out: &mut [f32]) -> Result<(), KernelError> {
+    pub fn logits(
+        &self,
+        head: &Head<'_>,
+        rows: &[usize],
+        normed: &mut [f32],
+        out: &mut [f32],
+    ) -> Result<(), KernelError> {
         let width = head.matrix.cols();
         for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(width)) {
             self.rms_norm(&head.hidden[row * width..][..width], head.norm, normed);
         }
-        head.matrix.multiply(&normed[..rows.len() * width], &mut out[..rows.len() * head.matrix.rows()])
+        head.matrix
+            .multiply(&normed[..rows.len() * width], &mut out[..rows.len() * head.matrix.rows()])
     }
 
     /// Copies slots between blocks, in all layers.

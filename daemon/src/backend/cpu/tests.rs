@@ -6,8 +6,9 @@ use serde_json::{Value as Json, json};
 use super::*;
 use crate::backend::reference::ReferenceBackend;
 use crate::kv::BlockId;
-use crate::model::batch::{Draw, DrawKind, Span};
+use crate::model::batch::{Draw, DrawKind, Drawn, Span};
 use crate::model::files::ModelFiles;
+use crate::model::weights::gguf::Gguf;
 use crate::model::{LoadFormat, Opened, WeightDtype};
 
 const VOCAB: usize = 61;
@@ -32,7 +33,10 @@ fn architectures() -> Vec<Json> {
         "original_max_position_embeddings": 16,
     });
     vec![
-        config("LlamaForCausalLM", json!({"rope_scaling": llama3, "attention_bias": true, "mlp_bias": true})),
+        config(
+            "LlamaForCausalLM",
+            json!({"rope_scaling": llama3, "attention_bias": true, "mlp_bias": true}),
+        ),
         config("MistralForCausalLM", json!({"sliding_window": 7, "tie_word_embeddings": true})),
         config("Qwen2ForCausalLM", json!({"rope_scaling": {"type": "linear", "factor": 2.0}})),
         config("Qwen3ForCausalLM", json!({"num_key_value_heads": 1})),
@@ -80,9 +84,13 @@ struct Sequence {
 
 fn sequences(lengths: &[usize]) -> Vec<Sequence> {
     let sequence = |(index, len): (usize, &usize)| Sequence {
-        tokens: (0..*len).map(|token| u32::try_from((token * 17 + index * 29 + 3) % VOCAB).unwrap()).collect(),
+        tokens: (0..*len)
+            .map(|token| u32::try_from((token * 17 + index * 29 + 3) % VOCAB).unwrap())
+            .collect(),
         computed: 0,
-        table: (0..12).map(|block| BlockId(1 + block * 5 + u32::try_from(index).unwrap())).collect(),
+        table: (0..12)
+            .map(|block| BlockId(1 + block * 5 + u32::try_from(index).unwrap()))
+            .collect(),
     };
     lengths.iter().enumerate().map(sequence).collect()
 }
@@ -131,8 +139,8 @@ fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<V
     results
 }
 
-fn by_token(drawn: crate::model::batch::Drawn) -> Vec<f32> {
-    let crate::model::batch::Drawn::Candidates(candidates) = drawn else { panic!("wanted candidates") };
+fn by_token(drawn: Drawn) -> Vec<f32> {
+    let Drawn::Candidates(candidates) = drawn else { panic!("wanted candidates") };
     let mut scores = vec![f32::NAN; candidates.len()];
     for candidate in candidates {
         scores[candidate.token.0 as usize] = candidate.logprob;
@@ -167,7 +175,11 @@ fn every_architecture_computes_the_same_bits_in_any_chunks_and_company() {
         for dtype in [KvDtype::F32, KvDtype::BF16] {
             let together = logprobs(&mut cpu(&config, dtype, 2), &[31, 8, 23, 40], 1000);
             for chunk in [1, 16] {
-                assert_eq!(logprobs(&mut cpu(&config, dtype, 1), &[31, 8, 23, 40], chunk), together, "{config}");
+                assert_eq!(
+                    logprobs(&mut cpu(&config, dtype, 1), &[31, 8, 23, 40], chunk),
+                    together,
+                    "{config}"
+                );
             }
             let alone = logprobs(&mut cpu(&config, dtype, 2), &[31], 3);
             assert_eq!(alone[0], together[0], "{config}");
@@ -186,9 +198,10 @@ fn drawn_token_feeds_the_next_step() {
     let mut output = Output::default();
     backend.launch(&batch).unwrap();
     backend.collect(&mut output).unwrap();
-    let [crate::model::batch::Drawn::Token { token, .. }] = output.drawn[..] else { panic!("wanted a token") };
+    let [Drawn::Token { token, .. }] = output.drawn[..] else { panic!("wanted a token") };
     let next = |backend: &mut CpuBackend, input| {
-        let mut sequence = Sequence { computed: 9, table: sequence.table.clone(), tokens: vec![0; 10] };
+        let mut sequence =
+            Sequence { computed: 9, table: sequence.table.clone(), tokens: vec![0; 10] };
         let mut batch = Batch::default();
         push(&mut batch, 0, &mut sequence, 1, VOCAB);
         batch.inputs[0] = input;
@@ -229,7 +242,12 @@ fn admit(row: u32) -> RowChange {
         salt: Salt::default(),
         prompt_logprobs: None,
     };
-    RowChange::Admit { row: RowId(row), history: request.prompt.clone(), request: request.into(), choice: 0 }
+    RowChange::Admit {
+        row: RowId(row),
+        history: request.prompt.clone(),
+        request: request.into(),
+        choice: 0,
+    }
 }
 
 #[test]
@@ -243,8 +261,15 @@ fn scores_of_prompt_tokens_are_the_same_in_any_chunks() {
             let mut batch = Batch::default();
             let from = sequence.computed;
             push(&mut batch, 0, &mut sequence, chunk, VOCAB);
-            let next = (from..sequence.computed).map(|token| TokenId(sequence.tokens[(token + 1) % 30])).collect();
-            batch.scores.push(PromptScore { row: RowId(0), tokens: 0..sequence.computed - from, next, count: 3 });
+            let next = (from..sequence.computed)
+                .map(|token| TokenId(sequence.tokens[(token + 1) % 30]))
+                .collect();
+            batch.scores.push(PromptScore {
+                row: RowId(0),
+                tokens: 0..sequence.computed - from,
+                next,
+                count: 3,
+            });
             let mut output = Output::default();
             backend.launch(&batch).unwrap();
             backend.collect(&mut output).unwrap();
@@ -276,11 +301,14 @@ fn copied_slots_give_the_same_result_as_the_originals() {
     assert_eq!(by_token(output.drawn.remove(0)), wanted[0]);
 }
 
+/// A word of the error, and what causes it.
+type Spoilt = (&'static str, fn(&mut Batch));
+
 #[test]
 fn index_outside_its_limit_is_refused_and_the_backend_goes_on() {
     let config = config("LlamaForCausalLM", json!({}));
     let mut backend = cpu(&config, KvDtype::F32, 1);
-    let spoilt: [(&str, fn(&mut Batch)); 9] = [
+    let spoilt: [Spoilt; 9] = [
         ("token ids", |batch| batch.inputs[0] = Input::Known(TokenId(61))),
         ("sampling rows", |batch| batch.inputs[0] = Input::Drawn(RowId(8))),
         ("slots", |batch| batch.slots[1] = 256),
@@ -304,64 +332,92 @@ fn index_outside_its_limit_is_refused_and_the_backend_goes_on() {
 
 #[test]
 fn tile_holds_each_token_once_and_no_more_than_its_rows() {
-    let mut tile = Tile { tokens: Vec::new(), most: 2, row_of: vec![None; 9], draw_rows: Vec::new() };
+    let mut tile =
+        Tile { tokens: Vec::new(), most: 2, row_of: vec![None; 9], draw_rows: Vec::new() };
     assert_eq!(tile.take([4, 4, 7, 4, 8, 4].into_iter()), 4);
     assert_eq!((&tile.tokens[..], &tile.draw_rows[..]), (&[4, 7][..], &[0, 0, 1, 0][..]));
     assert_eq!(tile.take([8, 4].into_iter()), 2);
     assert_eq!(tile.tokens, [8, 4]);
 }
 
-/// The folder of real models, or `None` after a loud word on stderr.
+/// A real model, or `None` after a loud word on stderr.
 #[expect(clippy::print_stderr, reason = "a test that does not run says so")]
 fn real_model(file: &str) -> Option<std::path::PathBuf> {
-    let found = std::env::var_os("BINDERY_TEST_MODEL_DIR").map(|folder| Path::new(&folder).join(file));
+    let folder = std::env::var_os("BINDERY_TEST_MODEL_DIR");
+    let found = folder.map(|folder| Path::new(&folder).join(file)).filter(|path| path.exists());
     if found.is_none() {
-        eprintln!("NOT RUN: BINDERY_TEST_MODEL_DIR is not set to a folder that holds {file}");
+        eprintln!("NOT RUN: BINDERY_TEST_MODEL_DIR does not name a folder that holds {file}");
     }
     found
 }
 
 /// The `count` most likely continuations of `prompt`, one token after the other.
 fn greedy(backend: &mut dyn Backend, prompt: &[u32], count: usize) -> Vec<u32> {
-    let mut sequence =
-        Sequence { tokens: prompt.to_vec(), computed: 0, table: (0..12).map(|block| BlockId(1 + block)).collect() };
+    let table = (0..12).map(|block| BlockId(1 + block)).collect();
+    let mut sequence = Sequence { tokens: prompt.to_vec(), computed: 0, table };
     for _ in 0..count {
         let mut batch = Batch::default();
         push(&mut batch, 0, &mut sequence, 100, 1);
         let mut output = Output::default();
         backend.launch(&batch).unwrap();
         backend.collect(&mut output).unwrap();
-        let crate::model::batch::Drawn::Candidates(best) = output.drawn.remove(0) else { panic!("candidates") };
+        let Drawn::Candidates(best) = output.drawn.remove(0) else { panic!("wanted candidates") };
         sequence.tokens.push(best[0].token.0);
     }
     sequence.tokens.split_off(prompt.len())
 }
 
-/// Token ids of words that are one entry each in the vocabulary of a byte-level BPE model.
-fn ids(gguf: &crate::model::weights::gguf::Gguf, words: &[&str]) -> Vec<u32> {
-    let tokens = gguf.get_strings("tokenizer.ggml.tokens").unwrap();
-    let id = |word: &&str| u32::try_from(tokens.iter().position(|token| token == word).unwrap()).unwrap();
-    words.iter().map(id).collect()
+/// The vocabulary of a GGUF.
+fn vocabulary(path: &Path) -> Vec<String> {
+    let mapping = kernels::mapping::Mapping::open(path).unwrap();
+    let gguf = Gguf::parse(mapping.bytes()).unwrap();
+    gguf.get_strings("tokenizer.ggml.tokens").unwrap().to_vec()
 }
 
-const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-
-#[test]
-fn smollm2_knows_the_capital_of_france_and_agrees_with_the_reference() {
-    let Some(path) = real_model(SMOLLM2) else { return };
-    let opened = Opened::open(&ModelFiles::find(&path).unwrap(), LoadFormat::Auto, WeightDtype::Auto).unwrap();
-    let mapping = kernels::mapping::Mapping::open(&path).unwrap();
-    let gguf = crate::model::weights::gguf::Gguf::parse(mapping.bytes()).unwrap();
-    let prompt = ids(&gguf, &["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"]);
+/// Loads a model twice and asks both backends for the same continuation of `prompt`, words of the vocabulary.
+#[track_caller]
+fn check_continues(model: &Path, vocabulary: &[String], prompt: &[&str], wanted: &str) {
+    let opened =
+        Opened::open(&ModelFiles::find(model).unwrap(), LoadFormat::Auto, WeightDtype::Auto)
+            .unwrap();
+    let id = |word: &&str| {
+        u32::try_from(vocabulary.iter().position(|token| token == word).unwrap()).unwrap()
+    };
+    let prompt: Vec<_> = prompt.iter().map(id).collect();
     let config = opened.config().clone();
     let options = options(&config, KvDtype::F32, 2);
     let mut reference = ReferenceBackend::new(&opened, &options).unwrap();
-    let mut packed = 0;
-    let weight_bytes = opened.weight_bytes();
+    let (mut packed, weight_bytes) = (0, opened.weight_bytes());
     let weights = opened.load(&mut |done, _| packed = done).unwrap();
     assert_eq!(packed, weight_bytes as u64);
     let mut backend = CpuBackend::new(config, weights, options).unwrap();
     let answer = greedy(&mut backend, &prompt, 8);
-    assert!(answer.contains(&ids(&gguf, &["ĠParis"])[0]), "{answer:?}");
-    assert_eq!(greedy(&mut reference, &prompt, 8), answer);
+    let words: Vec<_> = answer.iter().map(|token| vocabulary[*token as usize].as_str()).collect();
+    assert!(words.contains(&wanted), "{words:?}");
+    assert_eq!(greedy(&mut reference, &prompt, 8), answer, "{words:?}");
+}
+
+const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+const FRANCE: [&str; 5] = ["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"];
+
+#[test]
+fn smollm2_knows_the_capital_of_france_as_the_reference_does() {
+    let Some(path) = real_model(SMOLLM2) else { return };
+    check_continues(&path, &vocabulary(&path), &FRANCE, "ĠParis");
+}
+
+#[test]
+fn smollm2_in_safetensors_knows_the_capital_of_france_as_the_reference_does() {
+    let (Some(gguf), Some(folder)) = (real_model(SMOLLM2), real_model("smollm2-safetensors"))
+    else {
+        return;
+    };
+    check_continues(&folder, &vocabulary(&gguf), &FRANCE, "ĠParis");
+}
+
+#[test]
+fn gemma3_continues_a_sentence_as_the_reference_does() {
+    let Some(path) = real_model("gemma-3-270m-q4_k_m.gguf") else { return };
+    let prompt = ["<bos>", "The", "▁capital", "▁of", "▁France", "▁is"];
+    check_continues(&path, &vocabulary(&path), &prompt, "▁France");
 }

@@ -42,7 +42,10 @@ fn impossible_or_unsupported_keys_are_refused_by_name() {
     check_refused(json!({"num_hidden_layers": 0}), "num_hidden_layers");
     check_refused(json!({"num_hidden_layers": 1_000_000}), "num_hidden_layers");
     check_refused(json!({"num_attention_heads": 5}), "num_key_value_heads");
-    check_refused(json!({"num_attention_heads": 6, "num_key_value_heads": 6}), "num_attention_heads");
+    check_refused(
+        json!({"num_attention_heads": 6, "num_key_value_heads": 6}),
+        "num_attention_heads",
+    );
     check_refused(json!({"head_dim": 15}), "head_dim");
     check_refused(json!({"hidden_size": -64}), "hidden_size");
     check_refused(json!({"hidden_size": 64.5}), "hidden_size");
@@ -62,7 +65,9 @@ fn impossible_or_unsupported_keys_are_refused_by_name() {
 
 #[test]
 fn rope_scalings_are_read_in_both_spellings() {
-    let linear = ModelConfig::from_json(&with(json!({"rope_scaling": {"type": "linear", "factor": 2.0}}))).unwrap();
+    let linear =
+        ModelConfig::from_json(&with(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})))
+            .unwrap();
     assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
     let llama3 = json!({
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -43,8 +43,10 @@ impl Reader for Write {
     }
 
     fn vector(&mut self, wanted: &WantedVector) -> Result<(), ModelError> {
-        let bytes = self.dummy.vector(wanted).iter().flat_map(|number| number.to_le_bytes()).collect();
-        self.tensors.insert(wanted.name.clone(), Written { dtype: "F32", shape: vec![wanted.len], bytes });
+        let bytes =
+            self.dummy.vector(wanted).iter().flat_map(|number| number.to_le_bytes()).collect();
+        self.tensors
+            .insert(wanted.name.clone(), Written { dtype: "F32", shape: vec![wanted.len], bytes });
         Ok(())
     }
 }
@@ -99,11 +101,21 @@ fn numbers(weights: &Weights) -> Vec<f32> {
     all.extend(&weights.norm);
     all.extend(rows(weights.head()));
     for layer in &weights.layers {
-        let maps = [&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down];
+        let maps = [
+            &layer.query,
+            &layer.key,
+            &layer.value,
+            &layer.output,
+            &layer.gate,
+            &layer.up,
+            &layer.down,
+        ];
         maps.iter().for_each(|map| all.extend(rows(&map.matrix)));
         all.extend(&layer.attention_norm);
         all.extend(&layer.ffn_norm);
-        [&layer.query_norm, &layer.post_ffn_norm].iter().for_each(|norm| all.extend(norm.iter().flatten()));
+        [&layer.query_norm, &layer.post_ffn_norm]
+            .iter()
+            .for_each(|norm| all.extend(norm.iter().flatten()));
     }
     all
 }
@@ -123,8 +135,13 @@ fn one_file_many_shards_and_made_up_weights_are_the_same_model() {
     let config = config();
     let all = tensors(&config, Layout::Safetensors);
     let one = folder(&config, &[("model.safetensors", safetensors(all.iter()))]);
-    let shard = |name: &str| if name.contains("layers.0") { "a.safetensors" } else { "b.safetensors" };
-    let map: Json = all.keys().map(|name| (name.clone(), Json::from(shard(name)))).collect::<serde_json::Map<_, _>>().into();
+    let shard =
+        |name: &str| if name.contains("layers.0") { "a.safetensors" } else { "b.safetensors" };
+    let map: Json = all
+        .keys()
+        .map(|name| (name.clone(), Json::from(shard(name))))
+        .collect::<serde_json::Map<_, _>>()
+        .into();
     let part = |file: &str| safetensors(all.iter().filter(|(name, _)| shard(name) == file));
     let shards = folder(
         &config,
@@ -134,7 +151,8 @@ fn one_file_many_shards_and_made_up_weights_are_the_same_model() {
             ("b.safetensors", part("b.safetensors")),
         ],
     );
-    let wanted = loaded(folder(&config, &[]).path(), LoadFormat::Dummy { seed: 5 }, WeightDtype::Auto);
+    let wanted =
+        loaded(folder(&config, &[]).path(), LoadFormat::Dummy { seed: 5 }, WeightDtype::Auto);
     assert_eq!(loaded(one.path(), LoadFormat::Auto, WeightDtype::Auto), wanted);
     assert_eq!(loaded(shards.path(), LoadFormat::Auto, WeightDtype::Auto), wanted);
     assert_ne!(loaded(one.path(), LoadFormat::Dummy { seed: 6 }, WeightDtype::Auto), wanted);
@@ -143,7 +161,10 @@ fn one_file_many_shards_and_made_up_weights_are_the_same_model() {
 #[test]
 fn dtype_changes_the_memory_and_float32_keeps_every_number() {
     let config = config();
-    let one = folder(&config, &[("model.safetensors", safetensors(tensors(&config, Layout::Safetensors).iter()))]);
+    let one = folder(
+        &config,
+        &[("model.safetensors", safetensors(tensors(&config, Layout::Safetensors).iter()))],
+    );
     let bytes = |dtype| open(one.path(), LoadFormat::Auto, dtype).unwrap().weight_bytes();
     assert_eq!(bytes(WeightDtype::Auto), bytes(WeightDtype::F16));
     assert!(bytes(WeightDtype::F32) > bytes(WeightDtype::BF16));
@@ -171,9 +192,21 @@ fn tensor_that_is_missing_misshapen_or_of_another_dtype_is_refused_by_name() {
         move |all: &mut Tensors| change(all.get_mut(&name).unwrap())
     };
     check_refused(|all| drop(all.remove(name)), "model.layers.1.mlp.up_proj.weight is missing");
-    check_refused(change(name, |tensor| tensor.shape.swap(0, 1)), "wanted shape [24, 16], got [16, 24]");
-    check_refused(change(name, |tensor| tensor.dtype = "I16"), "model.layers.1.mlp.up_proj.weight: wanted dtype");
-    check_refused(change("model.norm.weight", |tensor| tensor.dtype = "I32"), "model.norm.weight: wanted dtype");
+    let stray = "model.layers.0.self_attn.q_proj.bias";
+    let more = Written { dtype: "BF16", shape: vec![1], bytes: vec![0; 2] };
+    check_refused(|all| drop(all.insert(stray.to_owned(), more)), "q_proj.bias is no part");
+    check_refused(
+        change(name, |tensor| tensor.shape.swap(0, 1)),
+        "wanted shape [24, 16], got [16, 24]",
+    );
+    check_refused(
+        change(name, |tensor| tensor.dtype = "I16"),
+        "model.layers.1.mlp.up_proj.weight: wanted dtype",
+    );
+    check_refused(
+        change("model.norm.weight", |tensor| tensor.dtype = "I32"),
+        "model.norm.weight: wanted dtype",
+    );
 }
 
 #[test]
@@ -189,7 +222,8 @@ fn file_cut_short_anywhere_is_refused_by_name() {
 
 #[test]
 fn missing_shard_is_refused_by_name() {
-    let index = json!({"weight_map": {"model.norm.weight": "gone.safetensors"}}).to_string().into_bytes();
+    let index =
+        json!({"weight_map": {"model.norm.weight": "gone.safetensors"}}).to_string().into_bytes();
     let folder = folder(&config(), &[("model.safetensors.index.json", index)]);
     let error = open(folder.path(), LoadFormat::Auto, WeightDtype::Auto).unwrap_err().to_string();
     assert!(error.contains("gone.safetensors"), "{error}");
@@ -208,11 +242,15 @@ fn gguf(keys: &[(&str, u32)], tensors: &Tensors) -> Vec<u8> {
     let mut file = b"GGUF\x03\0\0\0".to_vec();
     file.extend((tensors.len() as u64).to_le_bytes());
     file.extend((keys.len() as u64 + 2).to_le_bytes());
-    file.extend([text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat());
+    file.extend(
+        [text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat(),
+    );
     let epsilon = text("llama.attention.layer_norm_rms_epsilon");
     file.extend([epsilon, 6u32.to_le_bytes().to_vec(), 1e-5f32.to_le_bytes().to_vec()].concat());
     for (key, value) in keys {
-        file.extend([text(key), 4u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat());
+        file.extend(
+            [text(key), 4u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat(),
+        );
     }
     let mut data = Vec::new();
     for (name, tensor) in tensors {
@@ -241,7 +279,10 @@ const KEYS: [(&str, u32); 7] = [
 ];
 
 #[track_caller]
-fn check_gguf(keys: &[(&str, u32)], spoil: impl FnOnce(&mut Tensors)) -> Result<Opened, ModelError> {
+fn check_gguf(
+    keys: &[(&str, u32)],
+    spoil: impl FnOnce(&mut Tensors),
+) -> Result<Opened, ModelError> {
     let mut all = tensors(&llama(), Layout::Gguf);
     spoil(&mut all);
     let folder = tempfile::tempdir().unwrap();
@@ -268,7 +309,9 @@ fn gguf_of_a_llama_has_its_rotated_rows_reordered() {
 
 #[test]
 fn gguf_that_is_inconsistent_is_refused_by_key_or_tensor() {
-    let refused = |keys: &[(&str, u32)], spoil: fn(&mut Tensors)| check_gguf(keys, spoil).unwrap_err().to_string();
+    let refused = |keys: &[(&str, u32)], spoil: fn(&mut Tensors)| {
+        check_gguf(keys, spoil).unwrap_err().to_string()
+    };
     let with = |key: &str, value: u32| {
         let mut keys = KEYS.to_vec();
         keys.iter_mut().filter(|(name, _)| *name == key).for_each(|entry| entry.1 = value);
@@ -278,22 +321,35 @@ fn gguf_that_is_inconsistent_is_refused_by_key_or_tensor() {
     assert!(keys("llama.block_count", 0).contains("llama.block_count"));
     assert!(keys("llama.block_count", 3).contains("blk.2.attn_norm.weight is missing"));
     assert!(keys("llama.attention.head_count_kv", 3).contains("llama.attention.head_count_kv"));
-    assert!(keys("llama.feed_forward_length", 23).contains("blk.0.ffn_gate.weight: wanted shape [23, 16]"));
+    assert!(keys("llama.block_count", 1).contains("blk.1.attn_k.weight is no part"));
+    assert!(
+        keys("llama.feed_forward_length", 23)
+            .contains("blk.0.ffn_gate.weight: wanted shape [23, 16]")
+    );
     assert!(keys("llama.embedding_length", u32::MAX).contains("llama.embedding_length"));
     assert!(refused(&KEYS[1..], |_| ()).contains("llama.block_count is missing"));
-    assert!(refused(&KEYS, |all| drop(all.remove("token_embd.weight"))).contains("token_embd.weight is missing"));
+    assert!(
+        refused(&KEYS, |all| drop(all.remove("token_embd.weight")))
+            .contains("token_embd.weight is missing")
+    );
     let factors = |bytes: Vec<u8>| Written { dtype: "F32", shape: vec![bytes.len() / 4], bytes };
-    let rope = check_gguf(&KEYS, |all| drop(all.insert("rope_freqs.weight".to_owned(), factors(vec![0; 16]))));
+    let rope = check_gguf(&KEYS, |all| {
+        drop(all.insert("rope_freqs.weight".to_owned(), factors(vec![0; 16])))
+    });
     assert!(rope.unwrap_err().to_string().contains("rope_freqs.weight"));
-    let rope = check_gguf(&KEYS, |all| drop(all.insert("rope_freqs.weight".to_owned(), factors(vec![1; 8]))));
+    let rope = check_gguf(&KEYS, |all| {
+        drop(all.insert("rope_freqs.weight".to_owned(), factors(vec![1; 8])))
+    });
     assert!(rope.unwrap_err().to_string().contains("rope_freqs.weight: wanted shape [4], got [2]"));
 }
 
 #[test]
 fn gguf_rope_factors_divide_the_frequencies() {
-    let bytes: Vec<u8> = [1f32, 2.0, 4.0, 8.0].iter().flat_map(|factor| factor.to_le_bytes()).collect();
+    let bytes: Vec<u8> =
+        [1f32, 2.0, 4.0, 8.0].iter().flat_map(|factor| factor.to_le_bytes()).collect();
     let written = Written { dtype: "F32", shape: vec![4], bytes };
-    let opened = check_gguf(&KEYS, |all| drop(all.insert("rope_freqs.weight".to_owned(), written))).unwrap();
+    let opened =
+        check_gguf(&KEYS, |all| drop(all.insert("rope_freqs.weight".to_owned(), written))).unwrap();
     let plain = check_gguf(&KEYS, |_| ()).unwrap();
     let (scaled, plain) = (opened.config().rope.frequencies(8), plain.config().rope.frequencies(8));
     assert_eq!((scaled[0], scaled[3] * 8.0), (plain[0], plain[3]));

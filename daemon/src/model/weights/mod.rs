@@ -74,7 +74,10 @@ impl<M, V> Weights<M, V> {
 
 impl Weights<WantedMatrix, WantedVector> {
     /// Reads every tensor, one after the other.
-    pub(crate) fn read<R: Reader>(&self, reader: &mut R) -> Result<Weights<R::Matrix, R::Vector>, ModelError> {
+    pub(crate) fn read<R: Reader>(
+        &self,
+        reader: &mut R,
+    ) -> Result<Weights<R::Matrix, R::Vector>, ModelError> {
         Ok(Weights {
             embedding: reader.matrix(&self.embedding)?,
             layers: self.layers.iter().map(|layer| layer.read(reader)).collect::<Result<_, _>>()?,
@@ -85,7 +88,10 @@ impl Weights<WantedMatrix, WantedVector> {
 }
 
 impl LayerWeights<WantedMatrix, WantedVector> {
-    fn read<R: Reader>(&self, reader: &mut R) -> Result<LayerWeights<R::Matrix, R::Vector>, ModelError> {
+    fn read<R: Reader>(
+        &self,
+        reader: &mut R,
+    ) -> Result<LayerWeights<R::Matrix, R::Vector>, ModelError> {
         let optional = |norm: &Option<WantedVector>, reader: &mut R| {
             norm.as_ref().map(|norm| reader.vector(norm)).transpose()
         };

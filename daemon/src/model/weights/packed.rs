@@ -1,6 +1,7 @@
 //! Tensors of a file or made-up ones become packed matrices, one after the other, so that each is resident once.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 
 use half::{bf16, f16};
 use kernels::cpu::{Dtype, Matrix};
@@ -29,9 +30,42 @@ pub(crate) struct Packer<'a> {
 
 /// Checks tensors and sums the bytes that they will take, without reading them.
 pub(crate) struct Check<'a> {
-    pub(crate) source: &'a Source,
-    pub(crate) dtype: Option<Dtype>,
-    pub(crate) bytes: usize,
+    source: &'a Source,
+    dtype: Option<Dtype>,
+    bytes: usize,
+    checked: BTreeSet<String>,
+}
+
+impl<'a> Check<'a> {
+    pub(crate) fn new(source: &'a Source, dtype: Option<Dtype>) -> Self {
+        Self { source, dtype, bytes: 0, checked: BTreeSet::new() }
+    }
+
+    /// The bytes of all tensors as packed.
+    ///
+    /// # Errors
+    /// Names a tensor that a layer of the file has and the model does not: its numbers would be ignored.
+    pub(crate) fn finish(self) -> Result<usize, ModelError> {
+        let Source::Files(catalogue) = self.source else { return Ok(self.bytes) };
+        let in_layer = |name: &str| name.starts_with("model.layers.") || name.starts_with("blk.");
+        // Older files carry the frequencies, which follow from the configuration.
+        let unknown = |name: &&String| {
+            in_layer(name)
+                && !name.ends_with(".rotary_emb.inv_freq")
+                && !self.checked.contains(*name)
+        };
+        match catalogue.tensors.keys().find(unknown) {
+            Some(name) => Err(ModelError::TensorUnknown { name: name.clone() }),
+            None => Ok(self.bytes),
+        }
+    }
+
+    fn count(&mut self, name: &str, bytes: Option<usize>) -> Result<(), ModelError> {
+        self.checked.insert(name.to_owned());
+        self.bytes =
+            bytes.and_then(|bytes| self.bytes.checked_add(bytes)).ok_or(ModelError::TooLarge)?;
+        Ok(())
+    }
 }
 
 impl Source {
@@ -70,8 +104,7 @@ impl Reader for Check<'_> {
         let (stored, dtype) = self.source.find(name, &[*rows, *cols])?;
         check_bytes(name, stored, dtype.bytes_for(*rows, *cols))?;
         let packed = packed_dtype(dtype, self.dtype).bytes_for(*rows, *cols);
-        self.bytes = packed.and_then(|bytes| self.bytes.checked_add(bytes)).ok_or(ModelError::TooLarge)?;
-        Ok(())
+        self.count(name, packed)
     }
 
     fn vector(&mut self, wanted: &WantedVector) -> Result<(), ModelError> {
@@ -86,8 +119,7 @@ impl Reader for Check<'_> {
         }
         check_bytes(name, stored, dtype.bytes_for(1, *len))?;
         let packed = Dtype::F32.bytes_for(1, *len);
-        self.bytes = packed.and_then(|bytes| self.bytes.checked_add(bytes)).ok_or(ModelError::TooLarge)?;
-        Ok(())
+        self.count(name, packed)
     }
 }
 
@@ -102,7 +134,9 @@ impl Reader for Packer<'_> {
         let bytes = match (self.source, stored) {
             (Source::Files(catalogue), Some(stored)) => Cow::Borrowed(catalogue.bytes(stored)),
             (Source::Dummy(dummy), _) => Cow::Owned(dummy.matrix(wanted)),
-            (Source::Files(_), None) => return Err(ModelError::TensorMissing { name: name.clone() }),
+            (Source::Files(_), None) => {
+                return Err(ModelError::TensorMissing { name: name.clone() });
+            }
         };
         let bytes = if from == to { bytes } else { Cow::Owned(converted(&bytes, from, to)) };
         let matrix = Matrix::pack(to, *rows, *cols, &bytes, &|row| order.source(row))
@@ -117,7 +151,9 @@ impl Reader for Packer<'_> {
         let numbers = match (self.source, stored) {
             (Source::Files(catalogue), Some(stored)) => floats(catalogue.bytes(stored), dtype),
             (Source::Dummy(dummy), _) => dummy.vector(wanted),
-            (Source::Files(_), None) => return Err(ModelError::TensorMissing { name: name.clone() }),
+            (Source::Files(_), None) => {
+                return Err(ModelError::TensorMissing { name: name.clone() });
+            }
         };
         let more = match kind {
             VectorKind::NormLessOne => 1.0,
@@ -152,7 +188,11 @@ pub(crate) fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
-fn check_bytes(name: &str, stored: Option<&Stored>, wanted: Option<usize>) -> Result<(), ModelError> {
+fn check_bytes(
+    name: &str,
+    stored: Option<&Stored>,
+    wanted: Option<usize>,
+) -> Result<(), ModelError> {
     let wanted = wanted.ok_or(ModelError::TooLarge)?;
     match stored {
         Some(stored) if stored.range.len() != wanted => {
@@ -164,14 +204,21 @@ fn check_bytes(name: &str, stored: Option<&Stored>, wanted: Option<usize>) -> Re
 
 /// Little-endian numbers as singles; empty for a quantized dtype.
 pub(crate) fn floats(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
-    let halves = |number: fn([u8; 2]) -> f32| bytes.as_chunks().0.iter().map(|bytes| number(*bytes)).collect();
+    let halves = |number: fn([u8; 2]) -> f32| {
+        bytes.as_chunks().0.iter().map(|bytes| number(*bytes)).collect()
+    };
     match dtype {
         Dtype::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
         Dtype::F16 => halves(|bytes| f16::from_le_bytes(bytes).to_f32()),
         Dtype::BF16 => halves(|bytes| bf16::from_le_bytes(bytes).to_f32()),
-        Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => {
-            Vec::new()
-        }
+        Dtype::Q8_0
+        | Dtype::Q4_0
+        | Dtype::Q4_1
+        | Dtype::Q5_0
+        | Dtype::Q5_1
+        | Dtype::Q4K
+        | Dtype::Q5K
+        | Dtype::Q6K => Vec::new(),
     }
 }
 

@@ -48,7 +48,8 @@ impl Catalogue {
             file: info.file,
             range: info.range.clone(),
         };
-        let tensors = gguf.tensors.iter().map(|(name, info)| (name.clone(), stored(info))).collect();
+        let tensors =
+            gguf.tensors.iter().map(|(name, info)| (name.clone(), stored(info))).collect();
         Self { files, tensors }
     }
 

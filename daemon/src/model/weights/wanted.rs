@@ -92,7 +92,8 @@ struct Names<'a> {
 
 impl Names<'_> {
     fn layer(&self, layer: usize) -> LayerWeights<WantedMatrix, WantedVector> {
-        let ModelConfig { hidden, ffn, head_dim, biases, layer_norms, head_norms, .. } = *self.config;
+        let ModelConfig { hidden, ffn, head_dim, biases, layer_norms, head_norms, .. } =
+            *self.config;
         let (query, kv) = (self.config.query_width(), self.config.kv_width());
         let name = |hf: &str, gguf: &str| match self.layout {
             Layout::Safetensors => format!("model.layers.{layer}.{hf}"),
@@ -101,7 +102,8 @@ impl Names<'_> {
         let post = layer_norms == LayerNorms::PreAndPost;
         let per_head = head_norms == HeadNorms::QueryAndKey;
         let norm = |hf: &str, gguf: &str| self.norm(name(hf, gguf), hidden);
-        let head_norm = |hf: &str, gguf: &str| per_head.then(|| self.norm(name(hf, gguf), head_dim));
+        let head_norm =
+            |hf: &str, gguf: &str| per_head.then(|| self.norm(name(hf, gguf), head_dim));
         let linear = |name: String, shape: [usize; 2], bias: bool| self.linear(name, shape, bias);
         LayerWeights {
             attention_norm: norm("input_layernorm", "attn_norm"),
@@ -111,7 +113,8 @@ impl Names<'_> {
             query_norm: head_norm("self_attn.q_norm", "attn_q_norm"),
             key_norm: head_norm("self_attn.k_norm", "attn_k_norm"),
             output: linear(name("self_attn.o_proj", "attn_output"), [hidden, query], biases.output),
-            post_attention_norm: post.then(|| norm("post_attention_layernorm", "post_attention_norm")),
+            post_attention_norm: post
+                .then(|| norm("post_attention_layernorm", "post_attention_norm")),
             ffn_norm: match layer_norms {
                 LayerNorms::Pre => norm("post_attention_layernorm", "ffn_norm"),
                 LayerNorms::PreAndPost => norm("pre_feedforward_layernorm", "ffn_norm"),
@@ -127,14 +130,23 @@ impl Names<'_> {
         let kind = match (self.config.architecture, self.layout) {
             (Architecture::Gemma3, Layout::Safetensors) => VectorKind::NormLessOne,
             (Architecture::Gemma3, Layout::Gguf) => VectorKind::Norm,
-            (Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3, _) => {
-                VectorKind::Norm
-            }
+            (
+                Architecture::Llama
+                | Architecture::Mistral
+                | Architecture::Qwen2
+                | Architecture::Qwen3,
+                _,
+            ) => VectorKind::Norm,
         };
         WantedVector { name: format!("{name}.weight"), len, kind, order: RowOrder::HalfSplit }
     }
 
-    fn linear(&self, name: String, [rows, cols]: [usize; 2], bias: bool) -> Linear<WantedMatrix, WantedVector> {
+    fn linear(
+        &self,
+        name: String,
+        [rows, cols]: [usize; 2],
+        bias: bool,
+    ) -> Linear<WantedMatrix, WantedVector> {
         let order = RowOrder::HalfSplit;
         let bias = bias.then(|| WantedVector {
             name: format!("{name}.bias"),
@@ -148,7 +160,9 @@ impl Names<'_> {
     /// A map whose output is rotated.
     fn rotated(&self, name: String, shape: [usize; 2]) -> Linear<WantedMatrix, WantedVector> {
         let order = match (self.config.architecture, self.layout) {
-            (Architecture::Llama, Layout::Gguf) => RowOrder::Interleaved { head_dim: self.config.head_dim },
+            (Architecture::Llama, Layout::Gguf) => {
+                RowOrder::Interleaved { head_dim: self.config.head_dim }
+            }
             _ => RowOrder::HalfSplit,
         };
         let mut linear = self.linear(name, shape, self.config.biases.qkv);

@@ -43,7 +43,8 @@ fn architectures() -> Vec<Json> {
         config(
             "Gemma3ForCausalLM",
             json!({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5,
-                "query_pre_attn_scalar": 24, "hidden_activation": "gelu_pytorch_tanh"}),
+                "query_pre_attn_scalar": 24, "rope_theta": 1e6,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "hidden_activation": "gelu_pytorch_tanh"}),
         ),
     ]
 }

@@ -8,6 +8,7 @@ mod keys;
 pub mod layer;
 mod opened;
 pub mod rope;
+pub mod text;
 pub mod weights;
 
 pub use error::ModelError;

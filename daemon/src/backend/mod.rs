@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod cpu;
+pub mod reference;
 
 use crate::model::batch::{Batch, BlockCopy, Output};
 

@@ -1,0 +1,165 @@
+//! From files to weights in two moves: open reads headers and refuses what is wrong; load takes the memory.
+
+use kernels::cpu::Dtype;
+
+use super::config::ModelConfig;
+use super::error::ModelError;
+use super::files::{ModelFiles, read_config, safetensors_files};
+use super::rope::RopeScaling;
+use super::weights::gguf::Gguf;
+use super::weights::{
+    Catalogue, Check, Dummy, Layout, Packer, Reader, Source, StoredDtype, WantedMatrix,
+    WantedVector, Weights, floats, map, wanted,
+};
+
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// From the model's files.
+    Auto,
+    /// Made up: only the configuration and the tokenizer are read.
+    Dummy { seed: u64 },
+}
+
+/// The dtype that unquantized matrices are held in. Quantized ones keep theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// As in the file.
+    Auto,
+    F32,
+    F16,
+    BF16,
+}
+
+/// A model whose headers were read: every tensor's name, shape, dtype and length fits the configuration.
+/// Holds no weights yet.
+#[derive(Debug)]
+pub struct Opened {
+    config: ModelConfig,
+    source: Source,
+    wanted: Weights<WantedMatrix, WantedVector>,
+    dtype: Option<Dtype>,
+    weight_bytes: usize,
+}
+
+impl Opened {
+    /// Reads configuration and headers and checks every tensor.
+    ///
+    /// # Errors
+    /// Names the file, key or tensor that is missing, wrong or not supported.
+    pub fn open(
+        files: &ModelFiles,
+        format: LoadFormat,
+        dtype: WeightDtype,
+    ) -> Result<Self, ModelError> {
+        let (config, source, layout) = match files {
+            ModelFiles::Gguf(paths) => open_gguf(paths, format)?,
+            ModelFiles::Folder(folder) => {
+                let config = ModelConfig::from_json(&read_config(&folder.join("config.json"))?)?;
+                let source = match format {
+                    LoadFormat::Auto => {
+                        Source::Files(Catalogue::of_safetensors(&safetensors_files(folder)?)?)
+                    }
+                    LoadFormat::Dummy { seed } => Source::Dummy(Dummy { seed }),
+                };
+                (config, source, Layout::Safetensors)
+            }
+        };
+        let dtype = match (layout, dtype) {
+            (Layout::Gguf, _) | (_, WeightDtype::Auto) => None,
+            (Layout::Safetensors, WeightDtype::F32) => Some(Dtype::F32),
+            (Layout::Safetensors, WeightDtype::F16) => Some(Dtype::F16),
+            (Layout::Safetensors, WeightDtype::BF16) => Some(Dtype::BF16),
+        };
+        let wanted = wanted(&config, layout);
+        let mut check = Check::new(&source, dtype);
+        wanted.read(&mut check)?;
+        let weight_bytes = check.finish()?;
+        Ok(Self { config, source, wanted, dtype, weight_bytes })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of memory that the weights take once loaded.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    /// Packs the weights, one tensor after the other, and gives back the pages that each was read from.
+    /// `progress` is told how many bytes of how many are done.
+    ///
+    /// # Errors
+    /// Names the tensor at fault.
+    pub fn load(self, progress: &mut dyn FnMut(u64, u64)) -> Result<Weights, ModelError> {
+        let all_bytes = self.weight_bytes as u64;
+        let mut packer = Packer {
+            source: &self.source,
+            dtype: self.dtype,
+            progress,
+            packed_bytes: 0,
+            all_bytes,
+        };
+        self.wanted.read(&mut packer)
+    }
+
+    /// Reads the weights by another reader; for the reference backend.
+    pub(crate) fn read<'a, R: Reader>(
+        &'a self,
+        reader: impl FnOnce(&'a Source) -> R,
+    ) -> Result<Weights<R::Matrix, R::Vector>, ModelError> {
+        self.wanted.read(&mut reader(&self.source))
+    }
+}
+
+fn open_gguf(
+    paths: &[std::path::PathBuf],
+    format: LoadFormat,
+) -> Result<(ModelConfig, Source, Layout), ModelError> {
+    let files = paths.iter().map(|path| map(path)).collect::<Result<Vec<_>, _>>()?;
+    let bytes: Vec<_> = files.iter().map(|file| file.bytes()).collect();
+    let gguf = match bytes.as_slice() {
+        [file] => Gguf::parse(file),
+        files => Gguf::parse_split(files),
+    };
+    let path = paths.first().cloned().unwrap_or_default();
+    let gguf = gguf.map_err(|source| ModelError::Gguf { path, source })?;
+    let mut config = ModelConfig::from_gguf(&gguf)?;
+    let catalogue = Catalogue::of_gguf(files, &gguf);
+    read_rope_factors(&mut config, &catalogue)?;
+    Ok(match format {
+        LoadFormat::Auto => (config, Source::Files(catalogue), Layout::Gguf),
+        LoadFormat::Dummy { seed } => (config, Source::Dummy(Dummy { seed }), Layout::Gguf),
+    })
+}
+
+/// `rope_freqs.weight`, where a file carries it, divides the frequency of each pair: that is how GGUF says llama3.
+fn read_rope_factors(config: &mut ModelConfig, catalogue: &Catalogue) -> Result<(), ModelError> {
+    let name = "rope_freqs.weight";
+    let Some(stored) = catalogue.tensors.get(name) else { return Ok(()) };
+    let shape = vec![config.head_dim / 2];
+    if stored.shape != shape {
+        return Err(ModelError::TensorShape {
+            name: name.to_owned(),
+            wanted: shape,
+            got: stored.shape.clone(),
+        });
+    }
+    if stored.dtype != StoredDtype::Known(Dtype::F32) {
+        let got = format!("{:?}", stored.dtype);
+        return Err(ModelError::TensorDtype { name: name.to_owned(), wanted: "F32", got });
+    }
+    let factors = floats(catalogue.bytes(stored), Dtype::F32);
+    match factors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+        Some(got) => Err(ModelError::TensorValue { name: name.to_owned(), got: *got }),
+        None => {
+            config.rope.scaling = RopeScaling::Factors(factors);
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

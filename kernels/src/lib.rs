@@ -1,3 +1,5 @@
 //! Everything `unsafe` of Bindery, behind safe, checked calls.
+#![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod cpu;
+pub mod mapping;

@@ -1,1 +1,27 @@
-//! CPU kernels.
+//! CPU kernels. All arrays are row-major f32 unless said otherwise; work is spread over rayon's current pool.
+//!
+//! Batch-invariant: each output is accumulated in one order that depends on neither the batch, the chunk, the number of
+//! threads nor the instruction set, so a result is the same to the bit alone and in a crowd.
+
+mod arena;
+mod attention;
+mod dtype;
+mod elementwise;
+mod error;
+mod exp;
+mod instructions;
+mod matrix;
+mod multiply;
+mod norm;
+mod panel;
+mod rope;
+
+pub use arena::{KvArena, KvDtype, KvShape};
+pub use attention::{AttendSpan, Attention};
+pub use dtype::Dtype;
+pub use elementwise::{Activation, add, add_rows, gate, scale};
+pub use error::KernelError;
+pub use instructions::{InstructionSet, instruction_set};
+pub use matrix::Matrix;
+pub use norm::rms_norm;
+pub use rope::rope;

@@ -1,0 +1,147 @@
+//! What every handler sees.
+
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::error::ApiError;
+use crate::engine::handle::Handle;
+use crate::metrics::Metrics;
+use crate::model::text::Text;
+use crate::request::Salt;
+
+/// Whose requests share cached blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheScope {
+    /// Those with the same API key: how long an answer takes tells nobody else what was asked before.
+    Key,
+    /// All of them.
+    All,
+}
+
+/// What a request may ask for at most.
+#[derive(Debug, Clone, Copy)]
+pub struct ApiLimits {
+    pub body_bytes: usize,
+    /// Choices of one prompt, and beams.
+    pub choices: u32,
+    pub prompts: usize,
+    pub stop_strings: usize,
+    pub stop_string_bytes: usize,
+    pub stop_tokens: usize,
+    pub logit_biases: usize,
+    pub top_logprobs: u32,
+    /// A request that is not answered by then is cancelled.
+    pub request_timeout: Duration,
+}
+
+impl ApiLimits {
+    /// The limits that hold unless flags say otherwise, for bodies of at most `body_bytes`.
+    pub fn with_body_bytes(body_bytes: usize) -> Self {
+        Self {
+            body_bytes,
+            choices: 64,
+            prompts: 128,
+            stop_strings: 16,
+            stop_string_bytes: 1024,
+            stop_tokens: 128,
+            logit_biases: 1024,
+            top_logprobs: 20,
+            request_timeout: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// A model that can answer.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    pub handle: Handle,
+    pub text: Arc<Text>,
+    /// Names what computes: the same fingerprint, seed and prompt give the same answer.
+    pub fingerprint: String,
+    /// Bytes of the longest token: a text with more than this many bytes per allowed token cannot fit.
+    pub longest_token: usize,
+}
+
+/// What every handler sees. The model comes when it is loaded.
+#[derive(Debug)]
+pub struct ApiState {
+    pub served_model_names: Vec<String>,
+    pub limits: ApiLimits,
+    pub scope: CacheScope,
+    pub metrics: Arc<Metrics>,
+    pub created: u64,
+    keys: RwLock<Vec<String>>,
+    loaded: OnceLock<Loaded>,
+}
+
+impl ApiState {
+    /// A state without a model. The first of the names is the one that answers carry.
+    pub fn new(
+        served_model_names: Vec<String>,
+        keys: Vec<String>,
+        limits: ApiLimits,
+        scope: CacheScope,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let (keys, loaded) = (RwLock::new(keys), OnceLock::new());
+        Self { served_model_names, limits, scope, metrics, created, keys, loaded }
+    }
+
+    /// From now on requests are answered. A second call changes nothing.
+    pub fn set_loaded(&self, loaded: Loaded) {
+        // The first model stays: a process serves one.
+        let _ = self.loaded.set(loaded);
+    }
+
+    /// The model, when it can answer.
+    ///
+    /// # Errors
+    /// [`ApiError::Loading`] before [`ApiState::set_loaded`].
+    pub fn loaded(&self) -> Result<&Loaded, ApiError> {
+        self.loaded.get().ok_or(ApiError::Loading)
+    }
+
+    /// Replaces the keys that clients may show. None: every client may ask.
+    pub fn set_keys(&self, keys: Vec<String>) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
+    }
+
+    /// Whether a client with this key may ask. Takes the same time for every key of one length.
+    pub fn admits(&self, shown: Option<&str>) -> bool {
+        use subtle::ConstantTimeEq;
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        let shown = shown.unwrap_or_default().as_bytes();
+        keys.is_empty() || keys.iter().fold(false, |found, key| found | bool::from(key.as_bytes().ct_eq(shown)))
+    }
+
+    /// What separates the caches of clients: their own salt, else their key, by the scope.
+    pub fn salt(&self, cache_salt: Option<&str>, key: Option<&str>) -> Salt {
+        let derive = |context, text: &str| Salt(blake3::derive_key(context, text.as_bytes()));
+        let of_key = match (self.scope, key) {
+            (CacheScope::Key, Some(key)) => derive("bindery 2026 prefix cache: api key", key),
+            (CacheScope::Key, None) | (CacheScope::All, _) => Salt::default(),
+        };
+        match cache_salt {
+            None => of_key,
+            // Within the scope: two keys that send one salt still share nothing.
+            Some(salt) => {
+                let own = derive("bindery 2026 prefix cache: salt", salt);
+                let mut hasher = blake3::Hasher::new_keyed(&of_key.0);
+                Salt(*hasher.update(&own.0).finalize().as_bytes())
+            }
+        }
+    }
+
+    /// Refuses names that are not served. An absent name is the first one.
+    ///
+    /// # Errors
+    /// [`ApiError::UnknownModel`].
+    pub fn served(&self, name: Option<String>) -> Result<String, ApiError> {
+        match name {
+            None => Ok(self.served_model_names.first().cloned().unwrap_or_default()),
+            Some(name) if self.served_model_names.contains(&name) => Ok(name),
+            Some(name) => Err(ApiError::UnknownModel(name.chars().take(200).collect())),
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! The instruction set, chosen once.
+
+use std::sync::OnceLock;
+
+/// What the kernels are compiled for. All of them give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InstructionSet {
+    Portable,
+    Avx2Fma,
+    Avx512,
+}
+
+/// The widest instructions of this machine.
+pub fn instruction_set() -> InstructionSet {
+    static CHOSEN: OnceLock<InstructionSet> = OnceLock::new();
+    *CHOSEN.get_or_init(detect)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> InstructionSet {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx512 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    match (avx2, avx512) {
+        (true, true) => InstructionSet::Avx512,
+        (true, false) => InstructionSet::Avx2Fma,
+        (false, _) => InstructionSet::Portable,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detect() -> InstructionSet {
+    InstructionSet::Portable
+}
+
+/// Defines a function that runs `$body`, a generic inlined function, compiled for the chosen instruction set.
+macro_rules! dispatched {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) => $body:path) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2($($arg: $ty),*) { $body($($arg),*) }
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+                fn avx512($($arg: $ty),*) { $body($($arg),*) }
+                match $crate::cpu::instructions::instruction_set() {
+                    // SAFETY: the processor has these instructions, `instruction_set` asked it.
+                    $crate::cpu::InstructionSet::Avx2Fma => return unsafe { avx2($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::cpu::InstructionSet::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::cpu::InstructionSet::Portable => {}
+                }
+            }
+            $body($($arg),*);
+        }
+    };
+}
+pub(crate) use dispatched;

@@ -3,6 +3,8 @@
 
 pub mod backend;
 pub mod engine;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod kv;
 pub mod model;
 pub mod request;

@@ -51,7 +51,16 @@ fn method(
     if long && matches!(name, "split" | "splitlines") {
         return Err(invalid(format!("{name} of more than {MAX_SPLIT_BYTES} bytes")));
     }
+    if name == "format" && value.as_str().is_some_and(is_wide) {
+        return Err(invalid("format with a width that is not a small constant"));
+    }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Whether a format may pad its arguments beyond all measure: a width of five digits, or one that is an argument.
+fn is_wide(format: &str) -> bool {
+    let digits = format.split(|character: char| !character.is_ascii_digit());
+    digits.map(str::len).max() >= Some(5) || format.contains(":{")
 }
 
 /// Writes a value where `{{ }}` stands. Lists and maps are cut off at a limit while they are written, since shared

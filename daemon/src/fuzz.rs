@@ -22,9 +22,9 @@ pub fn fuzz_gguf(data: &[u8]) {
 pub fn fuzz_template(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let (source, messages) = text.split_once('\0').unwrap_or((text, ""));
-    let messages: Value = serde_json::from_str(messages).unwrap_or_else(|_| {
-        json!([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-    });
+    let messages: Value = serde_json::from_str(messages).unwrap_or_else(
+        |_| json!([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]),
+    );
     for continue_final_message in [true, false] {
         // Its failure is the client's to hear of.
         drop(render_template(

@@ -1,4 +1,5 @@
 //! Replays the corpus of every fuzz target whose body is in `daemon::fuzz`: what once went wrong stays fixed.
+#![allow(clippy::unwrap_used, reason = "a test ends at what it cannot read")]
 
 use std::path::Path;
 

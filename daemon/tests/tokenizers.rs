@@ -1,5 +1,6 @@
 //! Tokenizers and chat templates against the conformance set that `tests/conformance/fetch.py` caches.
 //! It runs when `BINDERY_CONFORMANCE_DIR` names the folder, and says loudly when it does not.
+#![allow(clippy::unwrap_used, reason = "a test ends at what it cannot read")]
 
 use std::path::{Path, PathBuf};
 
@@ -29,6 +30,8 @@ const SUPPORTED: [&str; 14] = [
 ];
 /// Vocabularies that must be refused, with what the refusal names.
 const REFUSED: [(&str, &str); 2] = [("bert-bge", "bert"), ("nomic-bert-moe", "t5")];
+/// Templates that cannot do without variables which a plain chat does not have.
+const WANT_MORE: [&str; 1] = ["fireworks-ai-llama-3-firefunction-v2"];
 const SEPARATOR: &str = "\n__ggml_vocab_test__\n";
 
 /// The folder of the set; `None` after saying that the test does not run.
@@ -132,8 +135,7 @@ fn published_templates_render_a_chat_of_two_turns() {
         }
     }
     eprintln!("{n_templates} templates, {} fail:\n{}", failed.len(), failed.join("\n"));
-    assert!(n_templates > 50 && failed.len() <= MOST_FAILURES, "{}", failed.join("\n"));
+    let unexpected =
+        failed.iter().filter(|line| !WANT_MORE.iter().any(|name| line.starts_with(name))).count();
+    assert!(n_templates > 50 && unexpected == 0, "{}", failed.join("\n"));
 }
-
-/// Templates of the set that want what a plain chat does not have.
-const MOST_FAILURES: usize = 0;

@@ -71,7 +71,10 @@ struct Built {
 }
 
 fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary<'_>) -> Result<Built, TextError> {
-    let name = gguf.get_str_opt("tokenizer.ggml.pre")?.unwrap_or("default");
+    let name = gguf.get_str_opt("tokenizer.ggml.pre")?.unwrap_or_else(|| {
+        tracing::warn!("the model does not name its pre-tokenizer, its words may be cut wrongly");
+        "default"
+    });
     let rule = Rule::named(name)?;
     let model = BPE::builder()
         .vocab_and_merges(vocabulary.ids(), merges(gguf)?)

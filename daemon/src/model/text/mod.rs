@@ -79,7 +79,8 @@ pub struct ChatRequest<'a> {
     pub continue_final_message: bool,
     /// Further variables of the template.
     pub kwargs: &'a Map<String, Value>,
-    /// Used in place of the model's template.
+    /// Used in place of the model's template. Only from somebody who is trusted: fuel bounds strings and steps, but
+    /// lists that are doubled again and again can still take more memory than there is.
     pub template: Option<&'a str>,
 }
 

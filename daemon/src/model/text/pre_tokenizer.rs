@@ -161,7 +161,8 @@ fn deepseek_llm() -> Vec<String> {
     vec![
         r"[\r\n]".to_owned(),
         format!(r"\s?[{DEEPSEEK_LETTERS}]+"),
-        r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+".to_owned(),
+        r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+"
+            .to_owned(),
         r"\s+$".to_owned(),
         CJK.to_owned(),
         r"\p{N}+".to_owned(),
@@ -169,9 +170,7 @@ fn deepseek_llm() -> Vec<String> {
 }
 
 fn deepseek_coder() -> Vec<String> {
-    [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"]
-        .map(str::to_owned)
-        .to_vec()
+    [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"].map(str::to_owned).to_vec()
 }
 
 fn deepseek_v3() -> Vec<String> {

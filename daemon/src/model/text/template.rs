@@ -12,11 +12,14 @@ use serde_json::{Map, Value};
 use super::{ChatRequest, SpecialTexts, TextError};
 
 /// Longest source of a template, in bytes.
-const MAX_SOURCE_BYTES: usize = 1 << 20;
+const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// Longest prompt that a template may write, in bytes.
 const MAX_PROMPT_BYTES: usize = 16 << 20;
 /// Work that one rendering may do: about as many instructions, or 64 bytes of data each.
-const FUEL: u64 = 2_000_000;
+const FUEL: u64 = 500_000;
+/// Stack of the thread that parses and renders. The engine recurses along chains of operators and nested values, which
+/// the limits on source and fuel bound to some hundred thousand frames; the pages count only when they are touched.
+const STACK_BYTES: usize = 256 << 20;
 /// Depth of macros and loops that call themselves.
 const MAX_RECURSION: usize = 100;
 /// The name of the one template.
@@ -52,12 +55,13 @@ impl Template {
         environment.set_syntax(syntax.map_err(|error| failed(error.to_string()))?);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(MAX_RECURSION);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         functions::add(&mut environment);
         let source = without_generation(source);
-        environment.add_template_owned(NAME, source).map_err(|error| failed(message(&error)))?;
+        on_deep_stack(|| {
+            let added = environment.add_template_owned(NAME, source);
+            added.map_err(|error| failed(message(&error)))
+        })?;
         Ok(Self { environment })
     }
 
@@ -87,10 +91,12 @@ impl Template {
         specials: &SpecialTexts,
         messages: Value,
     ) -> Result<String, TextError> {
-        let variables = variables(chat, specials, messages)?;
-        let template =
-            self.environment.get_template(NAME).map_err(|error| failed(message(&error)))?;
-        let prompt = template.render(variables).map_err(|error| failed(message(&error)))?;
+        let prompt = on_deep_stack(|| {
+            let variables = variables(chat, specials, messages)?;
+            let template = self.environment.get_template(NAME);
+            let rendered = template.and_then(|template| template.render(variables));
+            rendered.map_err(|error| failed(message(&error)))
+        })?;
         if prompt.len() > MAX_PROMPT_BYTES {
             let got = prompt.len();
             return Err(failed(format!("wrote {got} bytes, wanted at most {MAX_PROMPT_BYTES}")));
@@ -101,6 +107,18 @@ impl Template {
 
 fn failed(reason: String) -> TextError {
     TextError::Template { reason }
+}
+
+/// Runs `work` on a thread with room for deep recursion. A panic in it is the template's failure.
+fn on_deep_stack<T: Send>(
+    work: impl FnOnce() -> Result<T, TextError> + Send,
+) -> Result<T, TextError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(NAME.to_owned()).stack_size(STACK_BYTES);
+        let running = thread.spawn_scoped(scope, work);
+        let running = running.map_err(|error| failed(format!("start its thread: {error}")))?;
+        running.join().unwrap_or_else(|_| Err(failed("the renderer failed".to_owned())))
+    })
 }
 
 /// What went wrong and where, in one line, with the causes.

@@ -58,6 +58,18 @@ fn the_best_scores_are_merged_and_bos_is_added_when_asked() {
 }
 
 #[test]
+fn of_two_pieces_that_overlap_the_better_one_is_merged() {
+    let mut gguf = gguf(sentence_piece());
+    if let Some(Value::Array(Array::Strings(texts))) =
+        gguf.metadata.get_mut("tokenizer.ggml.tokens")
+    {
+        texts[8] = "no piece of this".to_owned();
+    }
+    let text = Text::from_gguf(&gguf).unwrap();
+    assert_eq!(text.encode("ab", AddSpecial::No).unwrap(), ids(&[3, 7]));
+}
+
+#[test]
 fn what_is_no_token_is_written_as_bytes_and_read_back() {
     let text = small();
     let tokens = text.encode("aé", AddSpecial::No).unwrap();

@@ -1,15 +1,20 @@
 //! What Hugging Face adds to Jinja: `tojson` as Python writes it, `raise_exception`, `strftime_now`.
 
+use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::Kwargs;
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 /// Most bytes that one `tojson` may write.
 const MAX_JSON_BYTES: usize = 16 << 20;
+/// Most bytes that one list or map may write.
+const MAX_CONTAINER_BYTES: usize = 1 << 20;
+/// Longest string that is split.
+const MAX_SPLIT_BYTES: usize = 2 << 20;
 /// Widest indentation.
 const MAX_INDENT: usize = 16;
 /// Longest format of a time.
@@ -20,6 +25,8 @@ pub(super) fn add(environment: &mut Environment<'_>) {
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
+    environment.set_unknown_method_callback(method);
+    environment.set_formatter(write_value);
     // Python's None cannot be iterated; without this `tools is iterable` holds for no tools.
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
 }
@@ -30,6 +37,57 @@ fn invalid(text: impl Into<String>) -> Error {
 
 fn raise_exception(text: String) -> Result<Value, Error> {
     Err(invalid(text))
+}
+
+/// Python's methods. Those that cut a string into many values are refused on very long ones, since a value takes
+/// fifty times the memory of a byte and is charged only once it is there.
+fn method(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    name: &str,
+    args: &[Value],
+) -> Result<Value, Error> {
+    let long = value.as_str().is_some_and(|text| text.len() > MAX_SPLIT_BYTES);
+    if long && matches!(name, "split" | "splitlines") {
+        return Err(invalid(format!("{name} of more than {MAX_SPLIT_BYTES} bytes")));
+    }
+    if name == "format" && value.as_str().is_some_and(is_wide) {
+        return Err(invalid("format with a width that is not a small constant"));
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Whether a format may pad its arguments beyond all measure: a width of five digits, or one that is an argument.
+fn is_wide(format: &str) -> bool {
+    let digits = format.split(|character: char| !character.is_ascii_digit());
+    digits.map(str::len).max() >= Some(5) || format.contains(":{")
+}
+
+/// Writes a value where `{{ }}` stands. Lists and maps are cut off at a limit while they are written, since shared
+/// parts can make them endless.
+fn write_value(
+    out: &mut Output<'_>,
+    state: &mut State<'_, '_>,
+    value: &Value,
+) -> Result<(), Error> {
+    if value.as_str().is_some() || value.is_number() || value.is_undefined() {
+        return minijinja::escape_formatter(out, state, value);
+    }
+    let mut limited = LimitedText { out, left: MAX_CONTAINER_BYTES };
+    write!(limited, "{value}").map_err(|_| invalid("a list or map is too long to be written"))
+}
+
+/// Text that fails beyond a limit.
+struct LimitedText<'a, 'b> {
+    out: &'a mut Output<'b>,
+    left: usize,
+}
+
+impl fmt::Write for LimitedText<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.left = self.left.checked_sub(text.len()).ok_or(fmt::Error)?;
+        self.out.write_str(text).map_err(|_| fmt::Error)
+    }
 }
 
 /// JSON with Python's spaces; characters outside ASCII stay as they are unless `ensure_ascii` is set.

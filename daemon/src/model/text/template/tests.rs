@@ -62,6 +62,7 @@ fn tojson_is_written_as_python_writes_it() {
 fn python_methods_loop_controls_and_generation_tags_are_known() {
     check("{{ ' a '.strip() ~ 'b,c'.split(',')[1] }}", "ac");
     check("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01");
+    check("{{ '{}-{:3}'.format(1, 2) }}", "1-  2");
     check("a {%- generation %} b {%- endgeneration -%} c", "a bc");
 }
 
@@ -116,7 +117,8 @@ fn bombs_and_endless_work_are_refused() {
     let json = "{% set ns = namespace(s=['x']) %}{% for i in range(40) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s | tojson }}";
     let calls = "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}";
     let capture = "{% set x %}yyyyyyyy{% endset %}{% macro d(x, n) %}{% if n %}{{ d(x ~ x, n - 1) }}{% else %}{{ x }}{% endif %}{% endmacro %}{{ d(x, 50) }}";
-    for source in [loops, double, repeat, json, calls, capture] {
+    let wide = "{{ '{:99999999}'.format(1) }}";
+    for source in [loops, double, repeat, json, calls, capture, wide] {
         let reason = reason(source);
         assert!(!reason.is_empty() && reason.len() < 4096, "{source}: {reason}");
     }

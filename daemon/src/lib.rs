@@ -2,9 +2,12 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod bench;
+pub mod config;
 pub mod engine;
 pub mod kv;
 pub mod model;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
+pub mod source;

@@ -33,9 +33,7 @@ pub enum Command {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The request took memory for the first time; `cached_tokens` of its prompt were not computed again.
-    Admitted {
-        cached_tokens: u32,
-    },
+    Admitted { cached_tokens: u32 },
     /// Log-probabilities of the next prompt tokens, in order, from the second prompt token on.
     PromptLogprobs(Vec<TokenLogprobs>),
     Token {
@@ -46,10 +44,7 @@ pub enum Event {
         logprobs: Option<Box<TokenLogprobs>>,
     },
     /// The choice gave its memory back; `recomputed_tokens` will be computed again. No token is lost or repeated.
-    Preempted {
-        choice: u32,
-        recomputed_tokens: u32,
-    },
+    Preempted { choice: u32, recomputed_tokens: u32 },
     /// The finished beams, best first, at most the request's width.
     Beams(Vec<Beam>),
     Finished {

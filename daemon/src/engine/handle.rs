@@ -201,7 +201,9 @@ impl Handle {
     /// As [`Handle::submit`].
     pub fn check_room(&self, requests: usize, tokens: usize) -> Result<(), Refused> {
         self.check_state()?;
-        if self.shared.waiting_requests.load(Ordering::Relaxed) + requests > self.limits.requests.get() {
+        if self.shared.waiting_requests.load(Ordering::Relaxed) + requests
+            > self.limits.requests.get()
+        {
             return Err(self.too_many_requests());
         }
         let waiting = self.shared.waiting_tokens.load(Ordering::Relaxed);

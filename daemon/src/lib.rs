@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod bench;
 pub mod config;
+pub mod confine;
 pub mod engine;
 pub mod kv;
 pub mod model;
@@ -11,3 +12,4 @@ pub mod request;
 pub mod sampling;
 pub mod scheduler;
 pub mod source;
+pub mod supervise;

@@ -77,6 +77,33 @@ pub enum Listen {
     Unix(PathBuf),
 }
 
+impl Listen {
+    /// A command to try a chat with. `port` is the bound one, which differs from the wanted one where that is 0.
+    pub fn example_chat(&self, port: u16, model: &str, keys: &[ApiKey]) -> String {
+        let body = serde_json::json!({
+            "model": model,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "max_tokens": 64,
+        });
+        // A single quote ends the shell's string, so it is written outside of it.
+        let body = body.to_string().replace('\'', "'\\''");
+        let (socket, host) = match self {
+            Self::Tcp { host, .. } if host.is_unspecified() => {
+                (String::new(), format!("127.0.0.1:{port}"))
+            }
+            Self::Tcp { host: IpAddr::V6(host), .. } => (String::new(), format!("[{host}]:{port}")),
+            Self::Tcp { host: IpAddr::V4(host), .. } => (String::new(), format!("{host}:{port}")),
+            Self::Unix(path) => {
+                (format!(" --unix-socket '{}'", path.display()), "localhost".to_owned())
+            }
+        };
+        let key = if keys.is_empty() { "" } else { " -H \"Authorization: Bearer $KEY\"" };
+        format!(
+            "curl -sS{socket} http://{host}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+        )
+    }
+}
+
 /// What bounds weights, workspace, KV arena and process overhead together.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MemoryLimit {

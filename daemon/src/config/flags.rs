@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, ValueEnum};
 
-use super::number::{ByteSize, Count, Host, ModelLen, Seconds, Share};
+use super::number::{ByteSize, Count, Host, ModelLen, Seconds, Share, port, positive};
 use crate::bench::serve::BenchServeArgs;
 use crate::source::Location;
 
@@ -130,7 +130,7 @@ pub(super) struct Serve {
     #[arg(long, default_value = "127.0.0.1", help_heading = "Server")]
     pub(super) host: Host,
     /// Port to listen on; 0 lets the system choose
-    #[arg(long, default_value_t = 8000, help_heading = "Server")]
+    #[arg(long, value_parser = port, default_value_t = 8000, help_heading = "Server")]
     pub(super) port: u16,
     /// Unix socket to listen on instead of host and port
     #[arg(long, value_name = "PATH", help_heading = "Server")]
@@ -151,10 +151,10 @@ pub(super) struct Serve {
     #[arg(long, value_name = "BYTES", default_value = "16MiB", help_heading = "Server")]
     pub(super) max_body_bytes: ByteSize,
     /// Requests that may wait; one more is answered 429
-    #[arg(long, value_name = "N", default_value = "1024", help_heading = "Server")]
+    #[arg(long, value_parser = positive::<NonZeroUsize>, value_name = "N", default_value = "1024", help_heading = "Server")]
     pub(super) max_num_queued_reqs: NonZeroUsize,
     /// Prompt tokens that may wait; a request that would pass it is answered 429 (an empty queue takes any prompt)
-    #[arg(long, value_name = "TOKENS", default_value = "1048576", help_heading = "Server")]
+    #[arg(long, value_parser = positive::<NonZeroUsize>, value_name = "TOKENS", default_value = "1048576", help_heading = "Server")]
     pub(super) max_num_queued_tokens: NonZeroUsize,
     /// Run under a node agent: commands on stdin, events on stdout, confined, ended with the parent
     #[arg(long, help_heading = "Server")]
@@ -176,17 +176,17 @@ pub(super) struct Serve {
     )]
     pub(super) max_model_len: ModelLen,
     /// Most sequences in one step
-    #[arg(long, value_name = "N", default_value = "256", help_heading = "Scheduler")]
+    #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "N", default_value = "256", help_heading = "Scheduler")]
     pub(super) max_num_seqs: NonZeroU32,
     /// Most tokens in one step; longer prompts are computed in chunks
     #[arg(long, value_name = "TOKENS", default_value = "2048", help_heading = "Scheduler")]
     pub(super) max_num_batched_tokens: Count,
 
     /// Tokens per KV block, from 1 to --max-model-len
-    #[arg(long, value_name = "TOKENS", default_value = "16", help_heading = "Memory")]
+    #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "TOKENS", default_value = "16", help_heading = "Memory")]
     pub(super) block_size: NonZeroU32,
     /// Number of KV blocks, instead of the planned one
-    #[arg(long, value_name = "N", help_heading = "Memory")]
+    #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "N", help_heading = "Memory")]
     pub(super) num_gpu_blocks_override: Option<NonZeroU32>,
     /// Memory of the KV cache, instead of the planned one: 4GiB, 512MiB or bytes
     #[arg(long, value_name = "BYTES", help_heading = "Memory")]
@@ -223,6 +223,6 @@ pub(super) struct Serve {
     #[arg(long, help_heading = "Model")]
     pub(super) reference: bool,
     /// Threads that compute; default: the cores this process may use
-    #[arg(long, value_name = "N", help_heading = "Model")]
+    #[arg(long, value_parser = positive::<NonZeroUsize>, value_name = "N", help_heading = "Model")]
     pub(super) threads: Option<NonZeroUsize>,
 }

@@ -174,13 +174,11 @@ fn from_file(subcommand: &str, flags: &[Flag], path: &Path) -> Result<Vec<Additi
         flags.iter().map(|flag| flag.name.as_str()).filter(|name| *name != "config").collect();
     let mut additions = Vec::new();
     for (key, value) in mapping {
-        let name = key.as_str().unwrap_or_default().replace('_', "-");
+        let key = scalar(key).map_err(failed)?;
+        let name = key.replace('_', "-");
         let flag = flags.iter().find(|flag| flag.name == name && name != "config");
         let Some(flag) = flag else {
-            return Err(failed(format!(
-                "unknown key {key:?}, allowed are: {}",
-                allowed.join(", ")
-            )));
+            return Err(failed(format!("unknown key {key}, allowed are: {}", allowed.join(", "))));
         };
         let in_key = |reason: String| failed(format!("{name}: {reason}"));
         let values = scalars(flag.kind, value).map_err(in_key)?;

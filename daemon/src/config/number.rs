@@ -29,6 +29,17 @@ pub(super) struct Share(pub(super) f64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Host(pub(super) IpAddr);
 
+/// A whole number above 0, of a type that says so.
+pub(super) fn positive<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse()
+        .map_err(|_| format!("wanted a whole number above 0 that is not too large, got {text:?}"))
+}
+
+/// A port; 0 lets the system choose.
+pub(super) fn port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("wanted a port from 0 to 65535, got {text:?}"))
+}
+
 impl FromStr for ByteSize {
     type Err = String;
 

@@ -138,7 +138,9 @@ fn impossible_values_are_refused_with_what_is_allowed() {
     for (line, wanted) in [
         ("serve m --kv-cache-dtype fp8", "float16"),
         ("serve m --load-format tensorizer", "dummy"),
-        ("serve m --block-size 0", "--block-size"),
+        ("serve m --block-size 0", "above 0"),
+        ("serve m --threads many", "above 0"),
+        ("serve m --port 70000", "0 to 65535"),
         ("serve m --block-size 64 --max-model-len 32", "1 to --max-model-len (32)"),
         ("serve m --memory-bytes 1GiB --gpu-memory-utilization 0.5", "exclude each other"),
         ("serve m --gpu-memory-utilization 1.5", "at most 1"),
@@ -188,4 +190,19 @@ fn plan_takes_the_same_flags_and_a_format() {
         }
         other => panic!("wanted plan, got {other:?}"),
     }
+}
+
+#[test]
+fn the_example_names_the_bound_port_and_survives_the_shell() {
+    let line = serve("serve m --port 0 --host 0.0.0.0").listen.example_chat(4321, "it's", &[]);
+    assert!(line.contains("http://127.0.0.1:4321/") && !line.contains("Authorization"), "{line}");
+    let script = line.replace("curl -sS", "printf %s");
+    let printed = std::process::Command::new("sh").args(["-c", &script]).output().unwrap().stdout;
+    assert!(String::from_utf8_lossy(&printed).contains("\"model\":\"it's\""), "{line}");
+    let line = serve("serve m --uds /tmp/s --api-key k").listen.example_chat(
+        0,
+        "m",
+        &[ApiKey("k".into())],
+    );
+    assert!(line.contains("--unix-socket '/tmp/s'") && line.contains("$KEY"), "{line}");
 }

@@ -177,10 +177,10 @@ impl Transfer<'_> {
         progress: &mut Progress<'_>,
     ) -> Result<(), HubError> {
         let mut options = tokio::fs::OpenOptions::new();
-        options.create(true).write(true).truncate(start == 0).append(start > 0);
-        if start == 0 {
-            options.append(false);
-        }
+        match start {
+            0 => options.create(true).write(true).truncate(true),
+            _ => options.append(true),
+        };
         let mut out = options.open(&self.partial).await.map_err(|error| self.disk(error))?;
         let mut body = response.bytes_stream();
         let mut have = start;

@@ -39,11 +39,13 @@ enum Mood {
 struct Hub {
     mood: Mood,
     weights: Vec<u8>,
-    /// Path, range and authorization of each request.
-    seen: Mutex<Vec<(String, Option<String>, Option<String>)>>,
+    seen: Mutex<Vec<Seen>>,
     failed: Mutex<usize>,
     other: Option<String>,
 }
+
+/// Path, range and authorization of a request.
+type Seen = (String, Option<String>, Option<String>);
 
 const CONFIG: &[u8] = b"{}\n";
 /// Of `CONFIG`, by `git hash-object`.

@@ -313,3 +313,47 @@ fn message_of(error: &Value) -> String {
 fn shortened(message: &str) -> String {
     message.chars().take(200).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(chunks: &[Value]) -> Result<Measured, Failure> {
+        let mut reading = Reading::new(Instant::now());
+        for chunk in chunks {
+            reading.take(chunk.to_string().as_bytes(), Instant::now())?;
+        }
+        reading.take(b"[DONE]", Instant::now())?;
+        reading.measured(&Prompt { tokens: vec![1, 2, 3], output_tokens: 9 })
+    }
+
+    fn chat(delta: Value) -> Value {
+        json!({"choices": [{"index": 0, "delta": delta}]})
+    }
+
+    #[test]
+    fn a_role_alone_is_no_token() {
+        let role = chat(json!({"role": "assistant", "content": ""}));
+        assert_eq!(read(std::slice::from_ref(&role)), Err(Failure::NoToken));
+        let measured =
+            read(&[role, chat(json!({"content": "a"})), chat(json!({"content": "b"}))]).unwrap();
+        assert_eq!(
+            (measured.gaps.len(), measured.output_tokens, measured.prompt_tokens),
+            (1, 2, 3)
+        );
+        assert_eq!(measured.counted, Counted::ByArrivals);
+    }
+
+    #[test]
+    fn gaps_are_those_of_one_choice() {
+        let text = |index: u32| json!({"choices": [{"index": index, "text": "x"}]});
+        assert_eq!(read(&[text(0), text(1), text(0)]).unwrap().gaps.len(), 1);
+    }
+
+    #[test]
+    fn an_error_inside_the_stream_is_a_failure() {
+        let error = json!({"error": {"message": "no\nmemory"}});
+        assert_eq!(read(&[error]), Err(Failure::Reported("no memory".into())));
+        assert!(matches!(read(&[json!([])]), Err(Failure::NotUnderstood(_))));
+    }
+}

@@ -24,6 +24,9 @@ pub struct Retry {
 }
 
 impl Retry {
+    /// About 15 s of an unreachable server; a transfer that moves is taken up as often as it breaks.
+    pub const USUAL: Self = Self { attempts: 6, first_pause: Duration::from_millis(500) };
+
     /// The pause after `failures` attempts in a row, at least what the server asked for.
     pub(super) fn pause(self, failures: u32, asked: Option<Duration>) -> Duration {
         const LONGEST: Duration = Duration::from_secs(30);

@@ -2,6 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod bench;
+pub mod config;
+pub mod confine;
 pub mod engine;
 #[doc(hidden)]
 pub mod fuzz;
@@ -10,3 +13,5 @@ pub mod model;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
+pub mod source;
+pub mod supervise;

@@ -41,4 +41,6 @@ pub enum ModelError {
     Candle { name: String, source: candle_core::Error },
     #[error("the sizes of the weights overflow")]
     TooLarge,
+    #[error("the tokenizer: {0}")]
+    Text(#[from] super::text::TextError),
 }

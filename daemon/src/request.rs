@@ -101,6 +101,34 @@ pub enum EarlyStopping {
     Never,
 }
 
+/// Log-probability of one token, and its rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    pub token: TokenId,
+    /// Natural logarithm.
+    pub logprob: f32,
+    /// 1 is the most likely.
+    pub rank: u32,
+}
+
+/// A token's log-probability and the most likely ones at its position, best first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    pub token: TokenLogprob,
+    pub top: Vec<TokenLogprob>,
+}
+
+/// One result of a beam search.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Beam {
+    /// Output tokens, an end token included.
+    pub tokens: Vec<TokenId>,
+    pub cumulative_logprob: f32,
+    pub finish: FinishReason,
+    /// The end token that finished it.
+    pub stop_token: Option<TokenId>,
+}
+
 impl Request {
     /// The number of sequences that this request may hold at once.
     pub fn width(&self) -> NonZeroU32 {

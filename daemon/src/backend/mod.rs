@@ -1,5 +1,7 @@
 //! How arrays are computed: what the engine sees of a device.
 
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod cpu;
 pub mod reference;
 

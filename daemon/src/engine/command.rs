@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::model::batch::TokenLogprobs;
-use crate::request::{FinishReason, Request, RequestId, TokenId};
+pub use crate::request::Beam;
+use crate::request::{FinishReason, Request, RequestId, TokenId, TokenLogprobs};
 
 /// Everything that can make the engine do something. Nothing else can.
 #[derive(Debug)]
@@ -33,9 +33,7 @@ pub enum Command {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The request took memory for the first time; `cached_tokens` of its prompt were not computed again.
-    Admitted {
-        cached_tokens: u32,
-    },
+    Admitted { cached_tokens: u32 },
     /// Log-probabilities of the next prompt tokens, in order, from the second prompt token on.
     PromptLogprobs(Vec<TokenLogprobs>),
     Token {
@@ -46,10 +44,7 @@ pub enum Event {
         logprobs: Option<Box<TokenLogprobs>>,
     },
     /// The choice gave its memory back; `recomputed_tokens` will be computed again. No token is lost or repeated.
-    Preempted {
-        choice: u32,
-        recomputed_tokens: u32,
-    },
+    Preempted { choice: u32, recomputed_tokens: u32 },
     /// The finished beams, best first, at most the request's width.
     Beams(Vec<Beam>),
     Finished {
@@ -58,17 +53,6 @@ pub enum Event {
         /// The token that ended the choice, which was also sent as a `Token`.
         stop_token: Option<TokenId>,
     },
-}
-
-/// One result of a beam search.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Beam {
-    /// Output tokens, an end token included.
-    pub tokens: Vec<TokenId>,
-    pub cumulative_logprob: f32,
-    pub finish: FinishReason,
-    /// The end token that finished it.
-    pub stop_token: Option<TokenId>,
 }
 
 /// How many events a request can cause at most, so that a queue of this size is never full.

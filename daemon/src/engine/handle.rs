@@ -182,7 +182,10 @@ impl Handle {
         let (sender, events) = mpsc::channel(event_capacity(&request));
         let id = request.id;
         let prompt_tokens = request.prompt.len();
-        self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        if self.shared.in_flight.fetch_add(1, Ordering::Relaxed) == 0 {
+            // The loop slept: its clock starts with this request.
+            self.shared.progressed();
+        }
         let command = Command::Submit { request: Arc::new(request), events: sender };
         if self.commands.try_send(command).is_err() {
             self.shared.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -201,7 +204,9 @@ impl Handle {
     /// As [`Handle::submit`].
     pub fn check_room(&self, requests: usize, tokens: usize) -> Result<(), Refused> {
         self.check_state()?;
-        if self.shared.waiting_requests.load(Ordering::Relaxed) + requests > self.limits.requests.get() {
+        if self.shared.waiting_requests.load(Ordering::Relaxed) + requests
+            > self.limits.requests.get()
+        {
             return Err(self.too_many_requests());
         }
         let waiting = self.shared.waiting_tokens.load(Ordering::Relaxed);

@@ -68,3 +68,13 @@ pub struct ChoiceStats {
     pub first_token: Option<Duration>,
     pub finished: Duration,
 }
+
+/// Where the engine's figures go.
+pub trait Record: Send {
+    /// A step was committed.
+    fn step(&mut self, stats: &StepStats);
+    /// A choice of a request left the engine.
+    fn choice(&mut self, stats: &ChoiceStats);
+    /// Nothing runs and nothing waits.
+    fn idle(&mut self, blocks: &BlockStats);
+}

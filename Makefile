@@ -1,0 +1,54 @@
+# `make run` serves a small model; `make test` is what CI runs. `make help` lists the rest.
+
+PYTHON ?= python3
+CARGO ?= cargo
+# Flags added to `bindery serve`; they win over those below. Example: make run ARGS="--port 8001"
+ARGS ?=
+# Flags of the load generator.
+BENCH_ARGS ?= --base-url http://127.0.0.1:8000 --num-prompts 64 --max-concurrency 16
+# Seconds that each fuzz target runs.
+FUZZ_SECONDS ?= 60
+
+export PYTHON
+.DEFAULT_GOAL := help
+.PHONY: help run test bench fuzz tools components
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+
+run: tools ## Build, fetch SmolLM2-135M-Instruct and serve it on 127.0.0.1:8000 (ARGS="..." passes flags on)
+	$(CARGO) build --release --locked --bin bindery
+	@model=$$($(PYTHON) tests/fetch_model.py) && set -x && \
+	exec target/release/bindery serve "$$model" --served-model-name smollm2 --host 127.0.0.1 --port 8000 $(ARGS)
+
+test: tools components ## Check the format, run the lints and all tests
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@model=$$($(PYTHON) tests/fetch_model.py) && \
+	conformance=$$($(PYTHON) tests/conformance/fetch.py) && \
+	python=$$($(PYTHON) tests/python_env.py) && \
+	promtool=$$(sh tests/find_promtool.sh || true) && \
+	set -x && \
+	BINDERY_TEST_MODEL_DIR="$$(dirname "$$model")" \
+	BINDERY_CONFORMANCE_DIR="$$conformance" \
+	BINDERY_TEST_PYTHON="$$python" \
+	BINDERY_TEST_PROMTOOL="$$promtool" \
+	$(CARGO) test --locked --workspace
+
+bench: tools ## Run the load generator against a server that runs (BENCH_ARGS="..." replaces its flags)
+	$(CARGO) run --release --locked --bin bindery -- bench serve $(BENCH_ARGS)
+
+fuzz: tools ## Fuzz the parsers and readers, each for FUZZ_SECONDS (installs cargo-fuzz and a nightly toolchain)
+	@rustup toolchain list | grep -q '^nightly' || rustup toolchain install nightly --profile minimal
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
+	@set -e; for target in $$($(CARGO) +nightly fuzz list); do \
+		echo "fuzz $$target for $(FUZZ_SECONDS) s"; \
+		$(CARGO) +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -timeout=10; \
+	done
+
+tools:
+	@sh tests/check_tools.sh
+
+components:
+	@$(CARGO) fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+	@$(CARGO) clippy --version >/dev/null 2>&1 || rustup component add clippy

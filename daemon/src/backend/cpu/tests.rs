@@ -344,6 +344,13 @@ fn tile_holds_each_token_once_and_no_more_than_its_rows() {
     assert_eq!(tile.tokens, [8, 4]);
 }
 
+#[test]
+fn logits_buffer_is_bounded_but_never_below_sixteen_rows() {
+    assert!(logit_rows(49_152, 8192) * 49_152 * 4 <= MOST_LOGIT_BYTES);
+    assert_eq!(logit_rows(10_000_000, 8192), 16);
+    assert_eq!(logit_rows(10_000_000, 4), 4);
+}
+
 /// A real model, or `None` after a loud word on stderr.
 #[expect(clippy::print_stderr, reason = "a test that does not run says so")]
 fn real_model(file: &str) -> Option<std::path::PathBuf> {

@@ -122,10 +122,10 @@ fn push(batch: &mut Batch, row: u32, sequence: &mut Sequence, chunk: usize, voca
     sequence.computed = to;
 }
 
-/// Log-probabilities, by token, that follow each sequence: computed together, `chunk` tokens of each a step.
-fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<Vec<f32>> {
+/// The most likely tokens that follow each sequence: computed together, `chunk` tokens of each a step.
+fn candidates(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<Option<Drawn>> {
     let mut sequences = sequences(lengths);
-    let mut results = vec![Vec::new(); lengths.len()];
+    let mut results = vec![None; lengths.len()];
     while sequences.iter().any(|sequence| sequence.computed < sequence.tokens.len()) {
         let mut batch = Batch::default();
         for (row, sequence) in sequences.iter_mut().enumerate() {
@@ -137,10 +137,15 @@ fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<V
         backend.launch(&batch).unwrap();
         backend.collect(&mut output).unwrap();
         for (draw, drawn) in batch.draws.iter().zip(output.drawn) {
-            results[draw.row.0 as usize] = by_token(drawn);
+            results[draw.row.0 as usize] = Some(drawn);
         }
     }
     results
+}
+
+/// Log-probabilities, by token, that follow each sequence of a model of [`VOCAB`] tokens.
+fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<Vec<f32>> {
+    candidates(backend, lengths, chunk).into_iter().flatten().map(by_token).collect()
 }
 
 fn by_token(drawn: Drawn) -> Vec<f32> {
@@ -415,4 +420,22 @@ fn smollm2_in_safetensors_knows_the_capital_of_france_as_the_reference_does() {
 #[test]
 fn gemma3_continues_a_sentence_as_the_reference_does() {
     check_continues("gemma-3-270m-q4_k_m.gguf", "the country of France");
+}
+
+#[test]
+fn smollm2_computes_the_same_bits_in_any_chunks_and_company() {
+    let Some(path) = real_model("SmolLM2-135M-Instruct.Q4_1.gguf") else { return };
+    let files = ModelFiles::find(&path).unwrap();
+    let backend = |threads| {
+        let opened = Opened::open(&files, LoadFormat::Auto, WeightDtype::Auto).unwrap();
+        let options = options(opened.config(), KvDtype::F16, threads);
+        CpuBackend::new(opened.config().clone(), opened.load(&mut |_, _| {}).unwrap(), options)
+            .unwrap()
+    };
+    let lengths = [31, 8, 23, 40];
+    let together = candidates(&mut backend(2), &lengths, 1000);
+    assert!(together.iter().all(Option::is_some));
+    assert_eq!(candidates(&mut backend(1), &lengths, 1), together);
+    assert_eq!(candidates(&mut backend(2), &lengths, 16), together);
+    assert_eq!(candidates(&mut backend(2), &lengths[..1], 7), together[..1]);
 }

@@ -37,7 +37,7 @@ impl Reader for Write {
 
     fn matrix(&mut self, wanted: &WantedMatrix) -> Result<(), ModelError> {
         let shape = vec![wanted.rows, wanted.cols];
-        let written = Written { dtype: "BF16", shape, bytes: self.dummy.matrix(wanted) };
+        let written = Written { dtype: "BF16", shape, bytes: self.dummy.matrix(wanted)? };
         self.tensors.insert(wanted.name.clone(), written);
         Ok(())
     }
@@ -367,4 +367,17 @@ fn gguf_rope_factors_divide_the_frequencies() {
     let plain = check_gguf(&KEYS, |_| ()).unwrap();
     let (scaled, plain) = (opened.config().rope.frequencies(8), plain.config().rope.frequencies(8));
     assert_eq!((scaled[0], scaled[3] * 8.0), (plain[0], plain[3]));
+}
+
+#[test]
+fn made_up_model_beyond_all_memory_is_an_error_with_its_tensor() {
+    let mut config = config();
+    config["vocab_size"] = json!(1 << 24);
+    config["hidden_size"] = json!(1 << 20);
+    let opened =
+        open(folder(&config, &[]).path(), LoadFormat::Dummy { seed: 1 }, WeightDtype::Auto)
+            .unwrap();
+    assert!(opened.weight_bytes() > 1 << 45);
+    let error = opened.load(&mut |_, _| ()).unwrap_err().to_string();
+    assert!(error.contains("model.embed_tokens.weight: there is no memory"), "{error}");
 }

@@ -1,8 +1,8 @@
 //! How arrays are computed: what the engine sees of a device.
 
+pub mod cpu;
 #[cfg(test)]
 pub(crate) mod fake;
-pub mod cpu;
 pub mod reference;
 
 use crate::model::batch::{Batch, BlockCopy, Output};

@@ -381,12 +381,14 @@ impl Reader for Dequantizer<'_> {
     fn matrix(&mut self, wanted: &WantedMatrix) -> std::result::Result<Tensor, ModelError> {
         let WantedMatrix { name, rows, cols, order } = wanted;
         let shape = [*rows, *cols];
-        let read = || match self.source {
-            Source::Files(_) => ordered(self.read(name, &shape)?, *order),
-            Source::Dummy(dummy) => {
-                Tensor::from_raw_buffer(&dummy.matrix(wanted), DType::BF16, &shape, &Device::Cpu)?
-                    .to_dtype(DType::F32)
-            }
+        let made_up = match self.source {
+            Source::Files(_) => None,
+            Source::Dummy(dummy) => Some(dummy.matrix(wanted)?),
+        };
+        let read = || match &made_up {
+            None => ordered(self.read(name, &shape)?, *order),
+            Some(bytes) => Tensor::from_raw_buffer(bytes, DType::BF16, &shape, &Device::Cpu)?
+                .to_dtype(DType::F32),
         };
         read().map_err(|source| ModelError::Candle { name: name.clone(), source })
     }

@@ -39,6 +39,10 @@ pub enum ModelError {
     Kernel { name: String, source: KernelError },
     #[error("tensor {name}: {source}")]
     Candle { name: String, source: candle_core::Error },
+    #[error("tensor {name}: there is no memory for its {bytes} bytes")]
+    Memory { name: String, bytes: usize },
     #[error("the sizes of the weights overflow")]
     TooLarge,
+    #[error("the tokenizer: {0}")]
+    Text(#[from] super::text::TextError),
 }

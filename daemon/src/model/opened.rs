@@ -1,11 +1,15 @@
 //! From files to weights in two moves: open reads headers and refuses what is wrong; load takes the memory.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
 use kernels::cpu::Dtype;
 
 use super::config::ModelConfig;
 use super::error::ModelError;
 use super::files::{ModelFiles, read_config, safetensors_files};
 use super::rope::RopeScaling;
+use super::text::{Text, TextError};
 use super::weights::gguf::Gguf;
 use super::weights::{
     Catalogue, Check, Dummy, Layout, Packer, Reader, Source, StoredDtype, WantedMatrix,
@@ -40,6 +44,21 @@ pub struct Opened {
     wanted: Weights<WantedMatrix, WantedVector>,
     dtype: Option<Dtype>,
     weight_bytes: usize,
+    text: Arc<Text>,
+}
+
+/// What the files say, not yet checked against each other.
+struct Headers<'a> {
+    config: ModelConfig,
+    source: Source,
+    layout: Layout,
+    tokenizer: TokenizerFiles<'a>,
+}
+
+/// Where the tokenizer is described.
+enum TokenizerFiles<'a> {
+    Gguf(Gguf),
+    Folder(&'a Path),
 }
 
 impl Opened {
@@ -52,19 +71,11 @@ impl Opened {
         format: LoadFormat,
         dtype: WeightDtype,
     ) -> Result<Self, ModelError> {
-        let (config, source, layout) = match files {
-            ModelFiles::Gguf(paths) => open_gguf(paths, format)?,
-            ModelFiles::Folder(folder) => {
-                let config = ModelConfig::from_json(&read_config(&folder.join("config.json"))?)?;
-                let source = match format {
-                    LoadFormat::Auto => {
-                        Source::Files(Catalogue::of_safetensors(&safetensors_files(folder)?)?)
-                    }
-                    LoadFormat::Dummy { seed } => Source::Dummy(Dummy { seed }),
-                };
-                (config, source, Layout::Safetensors)
-            }
+        let headers = match files {
+            ModelFiles::Gguf(paths) => Headers::of_gguf(paths, format)?,
+            ModelFiles::Folder(folder) => Headers::of_folder(folder, format)?,
         };
+        let Headers { config, source, layout, tokenizer } = headers;
         let dtype = match (layout, dtype) {
             (Layout::Gguf, _) | (_, WeightDtype::Auto) => None,
             (Layout::Safetensors, WeightDtype::F32) => Some(Dtype::F32),
@@ -75,12 +86,18 @@ impl Opened {
         let mut check = Check::new(&source, dtype);
         wanted.read(&mut check)?;
         let weight_bytes = check.finish()?;
-        Ok(Self { config, source, wanted, dtype, weight_bytes })
+        let text = Arc::new(tokenizer.read()?);
+        Ok(Self { config, source, wanted, dtype, weight_bytes, text })
     }
 
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The model's tokenizer, chat template and special tokens.
+    pub fn text(&self) -> Arc<Text> {
+        Arc::clone(&self.text)
     }
 
     /// Bytes of memory that the weights take once loaded.
@@ -114,25 +131,50 @@ impl Opened {
     }
 }
 
-fn open_gguf(
-    paths: &[std::path::PathBuf],
-    format: LoadFormat,
-) -> Result<(ModelConfig, Source, Layout), ModelError> {
-    let files = paths.iter().map(|path| map(path)).collect::<Result<Vec<_>, _>>()?;
-    let bytes: Vec<_> = files.iter().map(|file| file.bytes()).collect();
-    let gguf = match bytes.as_slice() {
-        [file] => Gguf::parse(file),
-        files => Gguf::parse_split(files),
-    };
-    let path = paths.first().cloned().unwrap_or_default();
-    let gguf = gguf.map_err(|source| ModelError::Gguf { path, source })?;
-    let mut config = ModelConfig::from_gguf(&gguf)?;
-    let catalogue = Catalogue::of_gguf(files, &gguf);
-    read_rope_factors(&mut config, &catalogue)?;
-    Ok(match format {
-        LoadFormat::Auto => (config, Source::Files(catalogue), Layout::Gguf),
-        LoadFormat::Dummy { seed } => (config, Source::Dummy(Dummy { seed }), Layout::Gguf),
-    })
+impl<'a> Headers<'a> {
+    fn of_folder(folder: &'a Path, format: LoadFormat) -> Result<Self, ModelError> {
+        let config = ModelConfig::from_json(&read_config(&folder.join("config.json"))?)?;
+        let source = match format {
+            LoadFormat::Auto => {
+                Source::Files(Catalogue::of_safetensors(&safetensors_files(folder)?)?)
+            }
+            LoadFormat::Dummy { seed } => Source::Dummy(Dummy { seed }),
+        };
+        Ok(Self {
+            config,
+            source,
+            layout: Layout::Safetensors,
+            tokenizer: TokenizerFiles::Folder(folder),
+        })
+    }
+
+    fn of_gguf(paths: &[PathBuf], format: LoadFormat) -> Result<Self, ModelError> {
+        let files = paths.iter().map(|path| map(path)).collect::<Result<Vec<_>, _>>()?;
+        let bytes: Vec<_> = files.iter().map(|file| file.bytes()).collect();
+        let gguf = match bytes.as_slice() {
+            [file] => Gguf::parse(file),
+            files => Gguf::parse_split(files),
+        };
+        let path = paths.first().cloned().unwrap_or_default();
+        let gguf = gguf.map_err(|source| ModelError::Gguf { path, source })?;
+        let mut config = ModelConfig::from_gguf(&gguf)?;
+        let catalogue = Catalogue::of_gguf(files, &gguf);
+        read_rope_factors(&mut config, &catalogue)?;
+        let source = match format {
+            LoadFormat::Auto => Source::Files(catalogue),
+            LoadFormat::Dummy { seed } => Source::Dummy(Dummy { seed }),
+        };
+        Ok(Self { config, source, layout: Layout::Gguf, tokenizer: TokenizerFiles::Gguf(gguf) })
+    }
+}
+
+impl TokenizerFiles<'_> {
+    fn read(&self) -> Result<Text, TextError> {
+        match self {
+            Self::Gguf(gguf) => Text::from_gguf(gguf),
+            Self::Folder(folder) => Text::from_folder(folder),
+        }
+    }
 }
 
 /// `rope_freqs.weight`, where a file carries it, divides the frequency of each pair: that is how GGUF says llama3.

@@ -8,7 +8,7 @@ use crate::backend::reference::ReferenceBackend;
 use crate::kv::BlockId;
 use crate::model::batch::{Draw, DrawKind, Drawn, Span};
 use crate::model::files::ModelFiles;
-use crate::model::weights::gguf::Gguf;
+use crate::model::text::{AddSpecial, SpecialTokens};
 use crate::model::{LoadFormat, Opened, WeightDtype};
 
 const VOCAB: usize = 61;
@@ -52,6 +52,9 @@ fn architectures() -> Vec<Json> {
 fn open(config: &Json) -> Opened {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true}, "model": {
+        "type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}});
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let files = ModelFiles::find(folder.path()).unwrap();
     Opened::open(&files, LoadFormat::Dummy { seed: 7 }, WeightDtype::Auto).unwrap()
 }
@@ -119,10 +122,10 @@ fn push(batch: &mut Batch, row: u32, sequence: &mut Sequence, chunk: usize, voca
     sequence.computed = to;
 }
 
-/// Log-probabilities, by token, that follow each sequence: computed together, `chunk` tokens of each a step.
-fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<Vec<f32>> {
+/// The most likely tokens that follow each sequence: computed together, `chunk` tokens of each a step.
+fn candidates(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<Option<Drawn>> {
     let mut sequences = sequences(lengths);
-    let mut results = vec![Vec::new(); lengths.len()];
+    let mut results = vec![None; lengths.len()];
     while sequences.iter().any(|sequence| sequence.computed < sequence.tokens.len()) {
         let mut batch = Batch::default();
         for (row, sequence) in sequences.iter_mut().enumerate() {
@@ -134,10 +137,15 @@ fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<V
         backend.launch(&batch).unwrap();
         backend.collect(&mut output).unwrap();
         for (draw, drawn) in batch.draws.iter().zip(output.drawn) {
-            results[draw.row.0 as usize] = by_token(drawn);
+            results[draw.row.0 as usize] = Some(drawn);
         }
     }
     results
+}
+
+/// Log-probabilities, by token, that follow each sequence of a model of [`VOCAB`] tokens.
+fn logprobs(backend: &mut dyn Backend, lengths: &[usize], chunk: usize) -> Vec<Vec<f32>> {
+    candidates(backend, lengths, chunk).into_iter().flatten().map(by_token).collect()
 }
 
 fn by_token(drawn: Drawn) -> Vec<f32> {
@@ -341,6 +349,13 @@ fn tile_holds_each_token_once_and_no_more_than_its_rows() {
     assert_eq!(tile.tokens, [8, 4]);
 }
 
+#[test]
+fn logits_buffer_is_bounded_but_never_below_sixteen_rows() {
+    assert!(logit_rows(49_152, 8192) * 49_152 * 4 <= MOST_LOGIT_BYTES);
+    assert_eq!(logit_rows(10_000_000, 8192), 16);
+    assert_eq!(logit_rows(10_000_000, 4), 4);
+}
+
 /// A real model, or `None` after a loud word on stderr.
 #[expect(clippy::print_stderr, reason = "a test that does not run says so")]
 fn real_model(file: &str) -> Option<std::path::PathBuf> {
@@ -368,23 +383,16 @@ fn greedy(backend: &mut dyn Backend, prompt: &[u32], count: usize) -> Vec<u32> {
     sequence.tokens.split_off(prompt.len())
 }
 
-/// The vocabulary of a GGUF.
-fn vocabulary(path: &Path) -> Vec<String> {
-    let mapping = kernels::mapping::Mapping::open(path).unwrap();
-    let gguf = Gguf::parse(mapping.bytes()).unwrap();
-    gguf.get_strings("tokenizer.ggml.tokens").unwrap().to_vec()
-}
-
-/// Loads a model twice and asks both backends for the same continuation of `prompt`, words of the vocabulary.
+/// Loads a model twice and asks both backends for the same continuation of a sentence.
 #[track_caller]
-fn check_continues(model: &Path, vocabulary: &[String], prompt: &[&str], wanted: &str) {
+fn check_continues(file: &str, wanted: &str) {
+    let Some(model) = real_model(file) else { return };
     let opened =
-        Opened::open(&ModelFiles::find(model).unwrap(), LoadFormat::Auto, WeightDtype::Auto)
+        Opened::open(&ModelFiles::find(&model).unwrap(), LoadFormat::Auto, WeightDtype::Auto)
             .unwrap();
-    let id = |word: &&str| {
-        u32::try_from(vocabulary.iter().position(|token| token == word).unwrap()).unwrap()
-    };
-    let prompt: Vec<_> = prompt.iter().map(id).collect();
+    let text = opened.text();
+    let prompt = text.encode("The capital of France is", AddSpecial::Yes).unwrap();
+    let prompt: Vec<_> = prompt.iter().map(|token| token.0).collect();
     let config = opened.config().clone();
     let options = options(&config, KvDtype::F32, 2);
     let mut reference = ReferenceBackend::new(&opened, &options).unwrap();
@@ -393,32 +401,41 @@ fn check_continues(model: &Path, vocabulary: &[String], prompt: &[&str], wanted:
     assert_eq!(packed, weight_bytes as u64);
     let mut backend = CpuBackend::new(config, weights, options).unwrap();
     let answer = greedy(&mut backend, &prompt, 8);
-    let words: Vec<_> = answer.iter().map(|token| vocabulary[*token as usize].as_str()).collect();
-    assert!(words.contains(&wanted), "{words:?}");
-    assert_eq!(greedy(&mut reference, &prompt, 8), answer, "{words:?}");
+    let tokens: Vec<_> = answer.iter().copied().map(TokenId).collect();
+    let said = text.decode(&tokens, SpecialTokens::Keep);
+    assert!(said.contains(wanted), "{said}");
+    assert_eq!(greedy(&mut reference, &prompt, 8), answer, "{said}");
 }
-
-const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-const FRANCE: [&str; 5] = ["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"];
 
 #[test]
 fn smollm2_knows_the_capital_of_france_as_the_reference_does() {
-    let Some(path) = real_model(SMOLLM2) else { return };
-    check_continues(&path, &vocabulary(&path), &FRANCE, "ĠParis");
+    check_continues("SmolLM2-135M-Instruct.Q4_1.gguf", "Paris");
 }
 
 #[test]
 fn smollm2_in_safetensors_knows_the_capital_of_france_as_the_reference_does() {
-    let (Some(gguf), Some(folder)) = (real_model(SMOLLM2), real_model("smollm2-safetensors"))
-    else {
-        return;
-    };
-    check_continues(&folder, &vocabulary(&gguf), &FRANCE, "ĠParis");
+    check_continues("smollm2-safetensors", "Paris");
 }
 
 #[test]
 fn gemma3_continues_a_sentence_as_the_reference_does() {
-    let Some(path) = real_model("gemma-3-270m-q4_k_m.gguf") else { return };
-    let prompt = ["<bos>", "The", "▁capital", "▁of", "▁France", "▁is"];
-    check_continues(&path, &vocabulary(&path), &prompt, "▁France");
+    check_continues("gemma-3-270m-q4_k_m.gguf", "the country of France");
+}
+
+#[test]
+fn smollm2_computes_the_same_bits_in_any_chunks_and_company() {
+    let Some(path) = real_model("SmolLM2-135M-Instruct.Q4_1.gguf") else { return };
+    let files = ModelFiles::find(&path).unwrap();
+    let backend = |threads| {
+        let opened = Opened::open(&files, LoadFormat::Auto, WeightDtype::Auto).unwrap();
+        let options = options(opened.config(), KvDtype::F16, threads);
+        CpuBackend::new(opened.config().clone(), opened.load(&mut |_, _| {}).unwrap(), options)
+            .unwrap()
+    };
+    let lengths = [31, 8, 23, 40];
+    let together = candidates(&mut backend(2), &lengths, 1000);
+    assert!(together.iter().all(Option::is_some));
+    assert_eq!(candidates(&mut backend(1), &lengths, 1), together);
+    assert_eq!(candidates(&mut backend(2), &lengths, 16), together);
+    assert_eq!(candidates(&mut backend(2), &lengths[..1], 7), together[..1]);
 }

@@ -1,6 +1,8 @@
+use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
 use super::*;
+use crate::backend::cpu::CpuBackend;
 
 fn llama() -> Json {
     json!({
@@ -113,4 +115,85 @@ fn qwen2_has_biases_and_slides_only_where_it_is_switched_on() {
 fn mistral_slides_in_every_layer_where_it_has_a_window() {
     let config = json!({"architectures": ["MistralForCausalLM"], "sliding_window": 32});
     assert_eq!(windows(&ModelConfig::from_json(&with(config)).unwrap()), [Some(32), Some(32)]);
+}
+
+#[test]
+fn gemma3_reads_a_rotation_for_each_kind_of_layer() {
+    let config = json!({
+        "architectures": ["Gemma3ForCausalLM"], "sliding_window": 8, "rope_theta": null,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+    });
+    let config = ModelConfig::from_json(&with(config)).unwrap();
+    assert_eq!(config.rope, Rope { base: 5e5, scaling: RopeScaling::Linear { factor: 8.0 } });
+    assert_eq!(config.sliding_rope, Some(Rope { base: 2e4, scaling: RopeScaling::None }));
+    assert_eq!(windows(&config), [Some(8), None]);
+}
+
+/// Values that a hostile file may hold.
+fn hostile() -> impl Strategy<Value = Json> {
+    prop_oneof![
+        Just(Json::Null),
+        any::<i64>().prop_map(Json::from),
+        any::<u64>().prop_map(Json::from),
+        any::<f64>().prop_map(Json::from),
+        (0..70i64).prop_map(Json::from),
+        any::<bool>().prop_map(Json::from),
+        "[a-z0-9_]{0,9}".prop_map(Json::from),
+        prop_oneof![Just(json!([])), Just(json!({})), Just(json!(["sliding_attention"])), Just(json!([[1]]))],
+        (any::<f32>(), "default|linear|llama3|yarn").prop_map(|(factor, kind)| json!({
+            "rope_type": kind, "factor": factor, "low_freq_factor": 1, "high_freq_factor": factor,
+            "original_max_position_embeddings": 16, "full_attention": {"type": kind}, "rope_theta": factor,
+        })),
+    ]
+}
+
+const KEYS: [&str; 22] = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "rope_local_base_freq",
+    "sliding_window",
+    "sliding_window_pattern",
+    "layer_types",
+    "use_sliding_window",
+    "max_window_layers",
+    "query_pre_attn_scalar",
+    "hidden_act",
+    "attention_bias",
+    "tie_word_embeddings",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn hostile_values_give_an_error_or_a_consistent_model(
+        changes in proptest::collection::vec((0..KEYS.len(), hostile()), 1..6),
+        architecture in 0..Architecture::NAMES.len(),
+    ) {
+        let mut config = with(json!({"architectures": [Architecture::NAMES[architecture].1]}));
+        for (key, value) in changes {
+            config[KEYS[key]] = value;
+        }
+        if let Ok(config) = ModelConfig::from_json(&config) {
+            prop_assert_eq!(config.attention.len(), config.layers);
+            prop_assert_eq!(config.heads % config.kv_heads, 0);
+            prop_assert_eq!(config.rope.frequencies(config.head_dim).len() * 2, config.head_dim);
+            prop_assert!(config.attention_scale.is_finite() && config.attention_scale > 0.0);
+            let _ = CpuBackend::workspace_bytes(&config, usize::MAX, usize::MAX);
+        }
+    }
 }

@@ -37,7 +37,7 @@ impl Reader for Write {
 
     fn matrix(&mut self, wanted: &WantedMatrix) -> Result<(), ModelError> {
         let shape = vec![wanted.rows, wanted.cols];
-        let written = Written { dtype: "BF16", shape, bytes: self.dummy.matrix(wanted) };
+        let written = Written { dtype: "BF16", shape, bytes: self.dummy.matrix(wanted)? };
         self.tensors.insert(wanted.name.clone(), written);
         Ok(())
     }
@@ -78,6 +78,9 @@ fn safetensors<'a>(tensors: impl Iterator<Item = (&'a String, &'a Written)>) -> 
 fn folder(config: &Json, files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true}, "model": {
+        "type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}});
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     for (name, bytes) in files {
         std::fs::write(folder.path().join(name), bytes).unwrap();
     }
@@ -241,12 +244,22 @@ fn gguf(keys: &[(&str, u32)], tensors: &Tensors) -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut file = b"GGUF\x03\0\0\0".to_vec();
     file.extend((tensors.len() as u64).to_le_bytes());
-    file.extend((keys.len() as u64 + 2).to_le_bytes());
+    file.extend((keys.len() as u64 + 5).to_le_bytes());
     file.extend(
         [text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat(),
     );
     let epsilon = text("llama.attention.layer_norm_rms_epsilon");
     file.extend([epsilon, 6u32.to_le_bytes().to_vec(), 1e-5f32.to_le_bytes().to_vec()].concat());
+    let string =
+        |key: &str, value: &str| [text(key), 8u32.to_le_bytes().to_vec(), text(value)].concat();
+    let strings = |key: &str, values: &[&str]| {
+        let head = [text(key), 9u32.to_le_bytes().to_vec(), 8u32.to_le_bytes().to_vec()].concat();
+        let len = (values.len() as u64).to_le_bytes().to_vec();
+        [head, len, values.iter().flat_map(|value| text(value)).collect()].concat()
+    };
+    file.extend(string("tokenizer.ggml.model", "gpt2"));
+    file.extend(strings("tokenizer.ggml.tokens", &["a", "b", "ab"]));
+    file.extend(strings("tokenizer.ggml.merges", &["a b"]));
     for (key, value) in keys {
         file.extend(
             [text(key), 4u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat(),
@@ -295,6 +308,7 @@ fn check_gguf(
 fn gguf_of_a_llama_has_its_rotated_rows_reordered() {
     let opened = check_gguf(&KEYS, |_| ()).unwrap();
     assert_eq!(opened.config().head_dim, 8);
+    assert_eq!(opened.text().vocab_size(), 3);
     let weights = opened.load(&mut |_, _| ()).unwrap();
     let all = tensors(&llama(), Layout::Gguf);
     let row = |tensor: &str, row: usize| floats(&all[tensor].bytes[row * 32..][..32], Dtype::BF16);
@@ -353,4 +367,17 @@ fn gguf_rope_factors_divide_the_frequencies() {
     let plain = check_gguf(&KEYS, |_| ()).unwrap();
     let (scaled, plain) = (opened.config().rope.frequencies(8), plain.config().rope.frequencies(8));
     assert_eq!((scaled[0], scaled[3] * 8.0), (plain[0], plain[3]));
+}
+
+#[test]
+fn made_up_model_beyond_all_memory_is_an_error_with_its_tensor() {
+    let mut config = config();
+    config["vocab_size"] = json!(1 << 24);
+    config["hidden_size"] = json!(1 << 20);
+    let opened =
+        open(folder(&config, &[]).path(), LoadFormat::Dummy { seed: 1 }, WeightDtype::Auto)
+            .unwrap();
+    assert!(opened.weight_bytes() > 1 << 45);
+    let error = opened.load(&mut |_, _| ()).unwrap_err().to_string();
+    assert!(error.contains("model.embed_tokens.weight: there is no memory"), "{error}");
 }

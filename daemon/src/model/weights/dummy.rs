@@ -1,9 +1,11 @@
 //! Seeded random weights for load tests: the right shapes, meaningless numbers that keep activations finite.
 
 use half::bf16;
+use kernels::cpu::Dtype;
 use rayon::prelude::*;
 
 use super::wanted::{VectorKind, WantedMatrix, WantedVector};
+use crate::model::error::ModelError;
 
 /// Makes weights up. A tensor's numbers depend on the seed and its name alone.
 #[derive(Debug, Clone, Copy)]
@@ -13,9 +15,13 @@ pub(crate) struct Dummy {
 
 impl Dummy {
     /// `[rows, cols]` as little-endian bf16: uniform, with the variance 1 / cols that keeps the size of what it maps.
-    pub(crate) fn matrix(self, wanted: &WantedMatrix) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// When the memory cannot be had: a configuration alone may ask for any size.
+    pub(crate) fn matrix(self, wanted: &WantedMatrix) -> Result<Vec<u8>, ModelError> {
         let scale = (3.0 / wanted.cols as f32).sqrt();
-        let mut bytes = vec![0; wanted.rows * wanted.cols * 2];
+        let size = Dtype::BF16.bytes_for(wanted.rows, wanted.cols).ok_or(ModelError::TooLarge)?;
+        let mut bytes = zeroed(&wanted.name, size)?;
         let key = self.key(&wanted.name);
         bytes.par_chunks_mut(wanted.cols * 2).enumerate().for_each(|(row, bytes)| {
             let first = (row * wanted.cols) as u64;
@@ -24,7 +30,7 @@ impl Dummy {
                 value.copy_from_slice(&bf16::from_f32(number).to_le_bytes());
             }
         });
-        bytes
+        Ok(bytes)
     }
 
     /// `[len]`: norms near 1, biases near 0, as the file would hold them.
@@ -40,6 +46,15 @@ impl Dummy {
     fn key(self, name: &str) -> u64 {
         name.bytes().fold(mix(self.seed), |key, byte| mix(key ^ u64::from(byte)))
     }
+}
+
+/// Room for a tensor's bytes, or an error where there is none.
+pub(super) fn zeroed(name: &str, size: usize) -> Result<Vec<u8>, ModelError> {
+    let mut bytes = Vec::new();
+    let no_room = |_| ModelError::Memory { name: name.to_owned(), bytes: size };
+    bytes.try_reserve_exact(size).map_err(no_room)?;
+    bytes.resize(size, 0);
+    Ok(bytes)
 }
 
 /// From -1 to 1.

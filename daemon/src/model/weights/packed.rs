@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use kernels::cpu::{Dtype, Matrix};
 use rayon::prelude::*;
 
+use super::dummy::zeroed;
 use super::{Catalogue, Dummy, Reader, Stored, StoredDtype, WantedMatrix, WantedVector};
 use crate::model::error::ModelError;
 use crate::model::weights::VectorKind;
@@ -133,12 +134,12 @@ impl Reader for Packer<'_> {
         let to = packed_dtype(from, self.dtype);
         let bytes = match (self.source, stored) {
             (Source::Files(catalogue), Some(stored)) => Cow::Borrowed(catalogue.bytes(stored)),
-            (Source::Dummy(dummy), _) => Cow::Owned(dummy.matrix(wanted)),
+            (Source::Dummy(dummy), _) => Cow::Owned(dummy.matrix(wanted)?),
             (Source::Files(_), None) => {
                 return Err(ModelError::TensorMissing { name: name.clone() });
             }
         };
-        let bytes = if from == to { bytes } else { Cow::Owned(converted(&bytes, from, to)) };
+        let bytes = if from == to { bytes } else { Cow::Owned(converted(name, &bytes, from, to)?) };
         let matrix = Matrix::pack(to, *rows, *cols, &bytes, &|row| order.source(row))
             .map_err(|source| ModelError::Kernel { name: name.clone(), source })?;
         self.finish(stored, matrix.bytes());
@@ -223,10 +224,10 @@ pub(crate) fn floats(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
 }
 
 /// Numbers in another unquantized dtype, rounded to the nearest.
-fn converted(bytes: &[u8], from: Dtype, to: Dtype) -> Vec<u8> {
+fn converted(name: &str, bytes: &[u8], from: Dtype, to: Dtype) -> Result<Vec<u8>, ModelError> {
     const NUMBERS: usize = 1 << 16;
     let (from_bytes, to_bytes) = (from.block_bytes(), to.block_bytes());
-    let mut out = vec![0; bytes.len() / from_bytes * to_bytes];
+    let mut out = zeroed(name, bytes.len() / from_bytes * to_bytes)?;
     let chunks = out.par_chunks_mut(NUMBERS * to_bytes).zip(bytes.par_chunks(NUMBERS * from_bytes));
     chunks.for_each(|(out, bytes)| {
         for (out, number) in out.chunks_exact_mut(to_bytes).zip(floats(bytes, from)) {
@@ -237,5 +238,5 @@ fn converted(bytes: &[u8], from: Dtype, to: Dtype) -> Vec<u8> {
             }
         }
     });
-    out
+    Ok(out)
 }

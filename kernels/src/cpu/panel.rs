@@ -4,6 +4,7 @@
 //! 4-bit quants of rows r and r + 8 in one byte. Blocks of 256: [panel][16] rows as they come.
 //! Every layout has the source's size (rows rounded up to 16).
 
+#[cfg(test)]
 use half::{bf16, f16};
 
 use super::dtype::{Dtype, dequantize_block};

@@ -1,6 +1,13 @@
 //! Logits to token: pure, seeded, the same for a row whatever else is in the batch.
 //! Nothing here knows devices, requests in flight or time.
 
+mod beam;
+mod exp;
+mod filter;
+pub mod logprob;
 mod params;
+pub mod philox;
+pub mod rows;
 
+pub use beam::{BeamSearch, Continuation};
 pub use params::Params;

@@ -1,6 +1,7 @@
 //! One node of Bindery: HTTP in, tokens out.
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod backend;
 pub mod bench;
 pub mod config;
@@ -9,9 +10,12 @@ pub mod engine;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod kv;
+pub mod metrics;
 pub mod model;
+pub mod plan;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
+pub mod serve;
 pub mod source;
 pub mod supervise;

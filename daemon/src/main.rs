@@ -1,4 +1,35 @@
 //! The `bindery` command.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+use daemon::bench::serve::Verdict;
+use daemon::config::{self, Command, Environment};
+use daemon::{bench, serve};
+
+fn main() -> ExitCode {
+    let command = match config::parse(std::env::args_os(), &Environment::of_process()) {
+        Ok(command) => command,
+        Err(error) => return error.report(),
+    };
+    let done = match command {
+        Command::Serve(config) => serve::run(*config),
+        Command::Plan { config, format } => serve::print_plan(&config, format, &mut std::io::stdout()),
+        Command::BenchServe(args) => run_bench(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_bench(args: &bench::serve::BenchServeArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match runtime.block_on(bench::serve::run(args, &mut std::io::stdout()))? {
+        Verdict::Measured => Ok(()),
+        Verdict::AllFailed => anyhow::bail!("all requests failed"),
+    }
+}

@@ -27,7 +27,6 @@ pub(crate) struct Conversation {
     add_generation_prompt: bool,
     continue_final_message: bool,
     kwargs: Map<String, Value>,
-    template: Option<String>,
     special: AddSpecial,
     /// The final message's text, when the answer begins with it.
     echoed: Option<String>,
@@ -141,7 +140,6 @@ impl Conversation {
             add_generation_prompt,
             continue_final_message,
             kwargs: fields.object("chat_template_kwargs")?.unwrap_or_default(),
-            template: fields.string("chat_template", 1 << 20)?,
             special: if fields.bool("add_special_tokens", false)? { AddSpecial::Yes } else { AddSpecial::No },
             echoed,
         })
@@ -151,7 +149,6 @@ impl Conversation {
     pub(crate) async fn prompt(&self, loaded: &Loaded) -> Result<Vec<TokenId>, ApiError> {
         let text = Arc::clone(&loaded.text);
         let (messages, kwargs) = (self.messages.clone(), self.kwargs.clone());
-        let template = self.template.clone();
         let (add_generation_prompt, continue_final_message) = (self.add_generation_prompt, self.continue_final_message);
         let render = move || {
             text.render_chat(&ChatRequest {
@@ -159,7 +156,7 @@ impl Conversation {
                 add_generation_prompt,
                 continue_final_message,
                 kwargs: &kwargs,
-                template: template.as_deref(),
+                template: None,
             })
         };
         let rendered = tokio::task::spawn_blocking(render).await.map_err(|_| ApiError::EngineStopped)??;

@@ -244,6 +244,7 @@ impl Streamed {
         if self.writer.echo == Echo::Off || self.writer.logprobs.is_none() {
             return Vec::new();
         }
+        let indices = self.indices(prompt);
         let chunk = |index: usize| {
             let mut written = CompletionLogprobs::default();
             let offset = &mut self.offsets[index];
@@ -253,7 +254,7 @@ impl Streamed {
             logprobs.iter().for_each(|one| written.push(&self.writer.text, one, offset));
             (index, written.into_json())
         };
-        let written: Vec<_> = self.indices(prompt).map(chunk).collect();
+        let written: Vec<_> = indices.map(chunk).collect();
         written.into_iter().map(|(index, json)| self.chunk(index, String::new(), Some(json))).collect()
     }
 }

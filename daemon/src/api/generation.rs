@@ -13,9 +13,9 @@ use crate::request::{BeamParams, Decoding, EarlyStopping, Request, Salt, TokenId
 use crate::sampling::Params;
 
 /// Known fields that ask for something that is not done here, and are refused rather than ignored.
-const UNSUPPORTED: [&str; 25] = [
+const UNSUPPORTED: [&str; 26] = [
     "tools", "functions", "function_call", "suffix", "audio", "prediction", "web_search_options", "reasoning_effort",
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
+    "chat_template", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
     "structured_outputs", "mm_processor_kwargs", "documents", "logits_processors", "allowed_token_ids", "bad_words",
     "truncate_prompt_tokens", "kv_transfer_params", "vllm_xargs", "prompt_embeds", "thinking_token_budget",
     "parallel_tool_calls",
@@ -51,7 +51,7 @@ pub(crate) enum TokenIds {
 }
 
 /// How many choices a client gets of how many that are computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Choices {
     Sampled { returned: NonZeroU32, computed: NonZeroU32 },
     Beams(BeamParams),

@@ -55,7 +55,9 @@ impl Mapping {
         if first < end {
             // SAFETY: the pages of a private read-only file mapping hold nothing but the file's bytes, which the
             // kernel reads again on the next access; no reference sees a change.
-            let advised = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, end - first) };
+            let advised = unsafe {
+                self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, end - first)
+            };
             // Memory that stays is a cost, not a failure.
             drop(advised);
         }

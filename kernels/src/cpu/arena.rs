@@ -1,9 +1,10 @@
 //! The KV arena: [blocks][layers][K and V][kv heads][block size][head_dim]. Block-major, so that one block is one piece.
 
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 use super::error::{KernelError, expect_below, expect_len};
-use super::panel::widen_f16;
 
 /// How K and V are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,11 +61,12 @@ impl KvShape {
     }
 }
 
-/// Values in one of the dtypes; 16-bit ones as their bits.
+/// Values in one of the dtypes.
 #[derive(Debug)]
 enum Values {
-    Wide(Vec<f32>),
-    Narrow(Vec<u16>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
 }
 
 /// The memory that block ids index. Mapped when it is made, resident page by page as it is written.
@@ -91,15 +93,11 @@ impl KvArena {
         let len = bytes / shape.dtype.bytes();
         let fail = |_| KernelError::OutOfMemory { what: "the KV arena", bytes };
         // Asked for first, so that too much is an error; then zeroed by the system, without touching a page.
+        Vec::<u8>::new().try_reserve_exact(bytes).map_err(fail)?;
         let values = match shape.dtype {
-            KvDtype::F32 => {
-                Vec::<f32>::new().try_reserve_exact(len).map_err(fail)?;
-                Values::Wide(vec![0.0; len])
-            }
-            KvDtype::F16 | KvDtype::BF16 => {
-                Vec::<u16>::new().try_reserve_exact(len).map_err(fail)?;
-                Values::Narrow(vec![0; len])
-            }
+            KvDtype::F32 => Values::F32(vec![0.0; len]),
+            KvDtype::F16 => Values::F16(vec![0_u16; len].reinterpret_into()),
+            KvDtype::BF16 => Values::BF16(vec![0_u16; len].reinterpret_into()),
         };
         Ok(Self { shape, values })
     }
@@ -107,8 +105,9 @@ impl KvArena {
     /// Writes to every page, so that its memory is taken now and not later.
     pub fn touch(&mut self) {
         match &mut self.values {
-            Values::Wide(values) => values.iter_mut().step_by(1024).for_each(|value| *value = std::hint::black_box(0.0)),
-            Values::Narrow(values) => values.iter_mut().step_by(2048).for_each(|value| *value = std::hint::black_box(0)),
+            Values::F32(values) => touch(values, 0.0),
+            Values::F16(values) => touch(values, f16::ZERO),
+            Values::BF16(values) => touch(values, bf16::ZERO),
         }
     }
 
@@ -137,8 +136,9 @@ impl KvArena {
         for start in (0..block).step_by(run) {
             let (source, target) = (from as usize * block + start, to as usize * block + start);
             match &mut self.values {
-                Values::Wide(values) => values.copy_within(source..source + len, target),
-                Values::Narrow(values) => values.copy_within(source..source + len, target),
+                Values::F32(values) => values.copy_within(source..source + len, target),
+                Values::F16(values) => values.copy_within(source..source + len, target),
+                Values::BF16(values) => values.copy_within(source..source + len, target),
             }
         }
         Ok(())
@@ -148,7 +148,13 @@ impl KvArena {
     ///
     /// # Errors
     /// When lengths do not fit or a slot or the layer is not there.
-    pub fn store(&mut self, layer: u32, slots: &[u32], k: &[f32], v: &[f32]) -> Result<(), KernelError> {
+    pub fn store(
+        &mut self,
+        layer: u32,
+        slots: &[u32],
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<(), KernelError> {
         let width = self.shape.width();
         expect_below("the layer", layer as usize, self.shape.layers as usize)?;
         expect_len("K", k.len(), slots.len() * width)?;
@@ -168,16 +174,10 @@ impl KvArena {
         let head_dim = self.shape.head_dim as usize;
         for (head, source) in row.chunks_exact(head_dim).enumerate() {
             let at = self.first_of(layer, block, side, head) + offset as usize * head_dim;
-            match (&mut self.values, self.shape.dtype) {
-                (Values::Wide(values), _) => values[at..at + head_dim].copy_from_slice(source),
-                (Values::Narrow(values), KvDtype::BF16) => {
-                    let target = values[at..at + head_dim].iter_mut().zip(source);
-                    target.for_each(|(target, &value)| *target = bf16::from_f32(value).to_bits());
-                }
-                (Values::Narrow(values), KvDtype::F16 | KvDtype::F32) => {
-                    let target = values[at..at + head_dim].iter_mut().zip(source);
-                    target.for_each(|(target, &value)| *target = f16::from_f32(value).to_bits());
-                }
+            match &mut self.values {
+                Values::F32(values) => values[at..at + head_dim].copy_from_slice(source),
+                Values::F16(values) => values[at..at + head_dim].convert_from_f32_slice(source),
+                Values::BF16(values) => values[at..at + head_dim].convert_from_f32_slice(source),
             }
         }
     }
@@ -186,16 +186,16 @@ impl KvArena {
     #[inline(always)]
     pub(crate) fn load(&self, place: Place, offset: usize, len: usize, out: &mut [f32]) {
         let head_dim = self.shape.head_dim as usize;
-        let at = self.first_of(place.layer, place.block, place.side, place.head) + offset * head_dim;
+        let at =
+            self.first_of(place.layer, place.block, place.side, place.head) + offset * head_dim;
         let range = at..at + len * head_dim;
-        match (&self.values, self.shape.dtype) {
-            (Values::Wide(values), _) => out.copy_from_slice(&values[range]),
-            (Values::Narrow(values), KvDtype::BF16) => {
-                let pairs = out.iter_mut().zip(&values[range]);
-                pairs.for_each(|(out, &bits)| *out = f32::from_bits(u32::from(bits) << 16));
-            }
-            (Values::Narrow(values), KvDtype::F16 | KvDtype::F32) => {
-                out.iter_mut().zip(&values[range]).for_each(|(out, &bits)| *out = widen_f16(bits));
+        match &self.values {
+            Values::F32(values) => out.copy_from_slice(&values[range]),
+            Values::F16(values) => values[range].convert_to_f32_slice(out),
+            Values::BF16(values) => {
+                for (out, value) in out.iter_mut().zip(&values[range]) {
+                    *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+                }
             }
         }
     }
@@ -210,10 +210,19 @@ impl KvArena {
 
     fn len(&self) -> usize {
         match &self.values {
-            Values::Wide(values) => values.len(),
-            Values::Narrow(values) => values.len(),
+            Values::F32(values) => values.len(),
+            Values::F16(values) => values.len(),
+            Values::BF16(values) => values.len(),
         }
     }
+}
+
+/// Writes to every page of `values`, which are zero already.
+fn touch<T: Copy>(values: &mut [T], zero: T) {
+    values
+        .iter_mut()
+        .step_by(4096 / size_of::<T>())
+        .for_each(|value| *value = std::hint::black_box(zero));
 }
 
 /// One head of one layer in one block.

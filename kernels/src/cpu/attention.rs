@@ -118,9 +118,21 @@ impl KvArena {
             let tokens = GROUP.min(span.tokens.len() - first);
             let first_position = span.start as usize + first;
             let table = span.table;
-            run(shared, Task { table, first_token: span.tokens.start + first, first_position, tokens, kv_head });
+            run(
+                shared,
+                Task {
+                    table,
+                    first_token: span.tokens.start + first,
+                    first_position,
+                    tokens,
+                    kv_head,
+                },
+            );
         };
-        let seen: usize = spans.iter().map(|span| span.tokens.len() * (span.start as usize + span.tokens.len())).sum();
+        let seen: usize = spans
+            .iter()
+            .map(|span| span.tokens.len() * (span.start as usize + span.tokens.len()))
+            .sum();
         if seen < 64 {
             for span in spans {
                 for first in (0..span.tokens.len()).step_by(GROUP) {
@@ -148,21 +160,29 @@ impl KvArena {
         let shape = self.shape();
         let width = attention.heads as usize * shape.head_dim as usize;
         expect_below("the layer", attention.layer as usize, shape.layers as usize)?;
-        expect_len("heads beyond a multiple of the KV heads", (attention.heads % shape.kv_heads.max(1)) as usize, 0)?;
+        expect_len(
+            "heads beyond a multiple of the KV heads",
+            (attention.heads % shape.kv_heads.max(1)) as usize,
+            0,
+        )?;
         expect_len("the attention's output", out.len(), q.len())?;
         let mut next = 0;
         for span in spans {
             // In order and without overlap: two tasks never write one row.
-            expect_below("a span's first token behind the span before", next, span.tokens.start + 1)?;
+            expect_below(
+                "a span's first token behind the span before",
+                next,
+                span.tokens.start + 1,
+            )?;
             expect_below("a span's first token", span.tokens.start, span.tokens.end + 1)?;
             next = span.tokens.end;
             expect_below("a span's last token", span.tokens.end * width, q.len() + 1)?;
             let end = span.start as usize + span.tokens.len();
             let blocks = end.div_ceil(shape.block_size as usize);
             expect_below("the blocks that a span needs", blocks, span.table.len() + 1)?;
-            span.table[..blocks]
-                .iter()
-                .try_for_each(|&block| expect_below("a block", block as usize, shape.blocks as usize))?;
+            span.table[..blocks].iter().try_for_each(|&block| {
+                expect_below("a block", block as usize, shape.blocks as usize)
+            })?;
         }
         Ok(())
     }
@@ -184,48 +204,56 @@ impl KvArena {
     }
 }
 
+fn run(shared: Shared<'_>, task: Task<'_>) {
+    SCRATCH.with_borrow_mut(|scratch| run_in(shared, task, scratch));
+}
+
 dispatched! {
-    fn run(shared: Shared<'_>, task: Task<'_>) => run_body
+    fn run_in(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) => run_body
 }
 
 #[inline(always)]
-fn run_body(shared: Shared<'_>, task: Task<'_>) {
-    SCRATCH.with(|scratch| {
-        let Scratch { k, v, states } = &mut *scratch.borrow_mut();
-        let shape = shared.arena.shape();
-        let head_dim = shape.head_dim as usize;
-        let group = (shared.attention.heads / shape.kv_heads) as usize;
-        k.resize(TILE * head_dim, 0.0);
-        v.resize(TILE * head_dim, 0.0);
-        states.clear();
-        states.resize(task.tokens * group, [f32::NEG_INFINITY, 0.0]);
+fn run_body(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
+    let Scratch { k, v, states } = scratch;
+    let shape = shared.arena.shape();
+    let head_dim = shape.head_dim as usize;
+    let group = (shared.attention.heads / shape.kv_heads) as usize;
+    k.resize(TILE * head_dim, 0.0);
+    v.resize(TILE * head_dim, 0.0);
+    states.clear();
+    states.resize(task.tokens * group, [f32::NEG_INFINITY, 0.0]);
+    for token in 0..task.tokens {
+        outputs(shared, task, token).fill(0.0);
+    }
+    let end = task.first_position + task.tokens;
+    let begin = seen_from(shared.attention, task.first_position);
+    for tile in (begin / TILE * TILE..end).step_by(TILE) {
+        let to = end.min(tile + TILE);
+        let place =
+            Place { layer: shared.attention.layer, block: 0, side: Side::Key, head: task.kv_head };
+        shared.arena.gather(place, task.table, tile, to, k);
+        shared.arena.gather(Place { side: Side::Value, ..place }, task.table, tile, to, v);
         for token in 0..task.tokens {
-            outputs(shared, task, token).fill(0.0);
-        }
-        let end = task.first_position + task.tokens;
-        let begin = seen_from(shared.attention, task.first_position);
-        for tile in (begin / TILE * TILE..end).step_by(TILE) {
-            let to = end.min(tile + TILE);
-            let place =
-                Place { layer: shared.attention.layer, block: 0, side: Side::Key, head: task.kv_head };
-            shared.arena.gather(place, task.table, tile, to, k);
-            shared.arena.gather(Place { side: Side::Value, ..place }, task.table, tile, to, v);
-            for token in 0..task.tokens {
-                let position = task.first_position + token;
-                let seen = seen_from(shared.attention, position).max(tile)..(position + 1).min(to);
-                if !seen.is_empty() {
-                    let states = &mut states[token * group..(token + 1) * group];
-                    take_tile(shared, task, token, seen.start - tile..seen.end - tile, Tile { k, v, states });
-                }
+            let position = task.first_position + token;
+            let seen = seen_from(shared.attention, position).max(tile)..(position + 1).min(to);
+            if !seen.is_empty() {
+                let states = &mut states[token * group..(token + 1) * group];
+                take_tile(
+                    shared,
+                    task,
+                    token,
+                    seen.start - tile..seen.end - tile,
+                    Tile { k, v, states },
+                );
             }
         }
-        for token in 0..task.tokens {
-            let heads = outputs(shared, task, token).chunks_exact_mut(head_dim);
-            for (out, [_, sum]) in heads.zip(&states[token * group..]) {
-                out.iter_mut().for_each(|value| *value /= sum);
-            }
+    }
+    for token in 0..task.tokens {
+        let heads = outputs(shared, task, token).chunks_exact_mut(head_dim);
+        for (out, [_, sum]) in heads.zip(&states[token * group..]) {
+            out.iter_mut().for_each(|value| *value /= sum);
         }
-    });
+    }
 }
 
 /// The first position that a token sees.
@@ -280,7 +308,9 @@ fn take_tile(shared: Shared<'_>, task: Task<'_>, token: usize, seen: Range<usize
             let weight = exp(scores[j] - most);
             sum += weight;
             let v = &tile.v[j * head_dim..(j + 1) * head_dim];
-            out.iter_mut().zip(v).for_each(|(out, v)| *out = weight.mul_add(*v, *out));
+            for (out, v) in out.iter_mut().zip(v) {
+                *out = weight.mul_add(*v, *out);
+            }
         }
         *state = [most, sum];
     }
@@ -313,12 +343,20 @@ mod tests {
     fn arena(len: usize, block_size: u32, dtype: KvDtype) -> (KvArena, Vec<u32>) {
         let blocks = u32::try_from(len.div_ceil(block_size as usize)).unwrap();
         let head_dim = u32::try_from(DIM).unwrap();
-        let shape = KvShape { blocks: blocks + 1, block_size, layers: 2, kv_heads: KV_HEADS, head_dim, dtype };
+        let shape = KvShape {
+            blocks: blocks + 1,
+            block_size,
+            layers: 2,
+            kv_heads: KV_HEADS,
+            head_dim,
+            dtype,
+        };
         let mut arena = KvArena::new(shape).unwrap();
         let table: Vec<u32> = (0..blocks).map(|i| blocks - i).collect();
         let width = KV_HEADS as usize * DIM;
         for token in 0..len {
-            let slot = table[token / block_size as usize] * block_size + u32::try_from(token).unwrap() % block_size;
+            let slot = table[token / block_size as usize] * block_size
+                + u32::try_from(token).unwrap() % block_size;
             arena.store(1, &[slot], &row(token, width, 1), &row(token, width, 2)).unwrap();
         }
         (arena, table)
@@ -329,7 +367,8 @@ mod tests {
         let mut all = Vec::new();
         let mut start = 0;
         for &chunk in chunks {
-            let q: Vec<f32> = (start..start + chunk).flat_map(|token| row(token, width, 3)).collect();
+            let q: Vec<f32> =
+                (start..start + chunk).flat_map(|token| row(token, width, 3)).collect();
             let mut out = vec![f32::NAN; q.len()];
             let span = AttendSpan { tokens: 0..chunk, start: u32::try_from(start).unwrap(), table };
             arena.attend(&attention, &[span], &q, &mut out).unwrap();
@@ -350,9 +389,13 @@ mod tests {
                 let scores: Vec<f64> = (first..=position)
                     .map(|j| {
                         let k = row(j, kv_width, 1);
-                        let dot: f64 = (0..DIM).map(|i| f64::from(q[head * DIM + i]) * f64::from(k[kv + i])).sum();
+                        let dot: f64 = (0..DIM)
+                            .map(|i| f64::from(q[head * DIM + i]) * f64::from(k[kv + i]))
+                            .sum();
                         let score = dot * f64::from(attention.scale);
-                        attention.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                        attention
+                            .soft_cap
+                            .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                     })
                     .collect();
                 let most = scores.iter().copied().fold(f64::MIN, f64::max);
@@ -379,7 +422,10 @@ mod tests {
             let (arena, table) = arena(100, 16, KvDtype::F32);
             let got = attend(&arena, &table, attention, &[100]);
             for (got, wanted) in got.iter().zip(plain(100, attention)) {
-                assert!((f64::from(*got) - wanted).abs() < 2e-6, "{attention:?}: {got} is not {wanted}");
+                assert!(
+                    (f64::from(*got) - wanted).abs() < 2e-6,
+                    "{attention:?}: {got} is not {wanted}"
+                );
             }
         }
     }
@@ -390,19 +436,26 @@ mod tests {
             for dtype in [KvDtype::F16, KvDtype::BF16, KvDtype::F32] {
                 let (first, table) = arena(100, 16, dtype);
                 let wanted = attend(&first, &table, attention, &[100]);
-                for chunks in [vec![1; 100], vec![16; 6].into_iter().chain([4]).collect(), vec![33, 1, 66]] {
+                for chunks in
+                    [vec![1; 100], vec![16; 6].into_iter().chain([4]).collect(), vec![33, 1, 66]]
+                {
                     assert_eq!(attend(&first, &table, attention, &chunks), wanted, "{chunks:?}");
                 }
                 for block_size in [1, 7, 64, 100] {
                     let (other, table) = arena(100, block_size, dtype);
-                    assert_eq!(attend(&other, &table, attention, &[100]), wanted, "blocks of {block_size}");
+                    assert_eq!(
+                        attend(&other, &table, attention, &[100]),
+                        wanted,
+                        "blocks of {block_size}"
+                    );
                 }
                 let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
                 assert_eq!(single.install(|| attend(&first, &table, attention, &[100])), wanted);
                 let width = HEADS as usize * DIM;
                 let q: Vec<f32> = [99, 5].iter().flat_map(|&token| row(token, width, 3)).collect();
                 let mut out = vec![f32::NAN; q.len()];
-                let span = |at: usize, start| AttendSpan { tokens: at..at + 1, start, table: &table };
+                let span =
+                    |at: usize, start| AttendSpan { tokens: at..at + 1, start, table: &table };
                 first.attend(&attention, &[span(0, 99), span(1, 5)], &q, &mut out).unwrap();
                 assert_eq!(out[..width], wanted[99 * width..]);
                 assert_eq!(out[width..], wanted[5 * width..6 * width]);
@@ -426,13 +479,33 @@ mod tests {
         let attention = variants()[0];
         let (q, mut out) = (vec![0.0; width], vec![0.0; width]);
         let span = |start, table| AttendSpan { tokens: 0..1, start, table };
-        assert!(arena.attend(&attention, &[span(48, &table)], &q, &mut out).is_err(), "a short table");
-        assert!(arena.attend(&attention, &[span(0, &[9])], &q, &mut out).is_err(), "a block that is not there");
-        assert!(arena.attend(&attention, &[span(0, &table), span(0, &table)], &q, &mut out).is_err(), "an overlap");
-        assert!(arena.attend(&Attention { layer: 2, ..attention }, &[span(0, &table)], &q, &mut out).is_err());
-        assert!(arena.attend(&Attention { heads: 3, ..attention }, &[span(0, &table)], &q, &mut out).is_err());
+        assert!(
+            arena.attend(&attention, &[span(48, &table)], &q, &mut out).is_err(),
+            "a short table"
+        );
+        assert!(
+            arena.attend(&attention, &[span(0, &[9])], &q, &mut out).is_err(),
+            "a block that is not there"
+        );
+        assert!(
+            arena.attend(&attention, &[span(0, &table), span(0, &table)], &q, &mut out).is_err(),
+            "an overlap"
+        );
+        assert!(
+            arena
+                .attend(&Attention { layer: 2, ..attention }, &[span(0, &table)], &q, &mut out)
+                .is_err()
+        );
+        assert!(
+            arena
+                .attend(&Attention { heads: 3, ..attention }, &[span(0, &table)], &q, &mut out)
+                .is_err()
+        );
         assert!(arena.attend(&attention, &[span(0, &table)], &q, &mut []).is_err());
-        assert!(arena.store(0, &[64], &row(0, 48, 1), &row(0, 48, 1)).is_err(), "a slot that is not there");
+        assert!(
+            arena.store(0, &[64], &row(0, 48, 1), &row(0, 48, 1)).is_err(),
+            "a slot that is not there"
+        );
         assert!(arena.copy_slots(0, 4, 1).is_err());
         assert!(arena.copy_slots(0, 1, 17).is_err());
     }

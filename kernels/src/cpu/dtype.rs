@@ -22,8 +22,17 @@ pub enum Dtype {
 impl Dtype {
     /// Every dtype.
     pub const ALL: [Self; 11] = [
-        Self::F32, Self::F16, Self::BF16, Self::Q8_0, Self::Q4_0, Self::Q4_1, Self::Q5_0, Self::Q5_1, Self::Q4K,
-        Self::Q5K, Self::Q6K,
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
     ];
 
     /// Values of one block.
@@ -90,17 +99,23 @@ pub(crate) fn dequantize_block(dtype: Dtype, block: &[u8], out: &mut [f32]) {
         Dtype::BF16 => out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
         Dtype::Q8_0 => {
             let d = half_at(block, 0);
-            out.iter_mut().zip(&block[2..]).for_each(|(out, &q)| *out = f32::from(q.cast_signed()) * d);
+            out.iter_mut()
+                .zip(&block[2..])
+                .for_each(|(out, &q)| *out = f32::from(q.cast_signed()) * d);
         }
         Dtype::Q4_0 => nibbles(&block[2..18], out, |q, _| (f32::from(q) - 8.0) * half_at(block, 0)),
-        Dtype::Q4_1 => nibbles(&block[4..20], out, |q, _| f32::from(q) * half_at(block, 0) + half_at(block, 2)),
+        Dtype::Q4_1 => {
+            nibbles(&block[4..20], out, |q, _| f32::from(q) * half_at(block, 0) + half_at(block, 2))
+        }
         Dtype::Q5_0 => {
             let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
             nibbles(&block[6..22], out, |q, i| (fifth(q, high, i) - 16.0) * half_at(block, 0));
         }
         Dtype::Q5_1 => {
             let high = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
-            nibbles(&block[8..24], out, |q, i| fifth(q, high, i) * half_at(block, 0) + half_at(block, 2));
+            nibbles(&block[8..24], out, |q, i| {
+                fifth(q, high, i) * half_at(block, 0) + half_at(block, 2)
+            });
         }
         Dtype::Q4K => q4k(block, out),
         Dtype::Q5K => q5k(block, out),
@@ -162,7 +177,8 @@ fn q5k(block: &[u8], out: &mut [f32]) {
 }
 
 fn q6k(block: &[u8], out: &mut [f32]) {
-    let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));
+    let (low, high, scales, d) =
+        (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));
     for half in 0..2 {
         for i in 0..32 {
             let bits = high[half * 32 + i];

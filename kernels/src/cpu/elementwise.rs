@@ -59,13 +59,21 @@ mod tests {
             gate(activation, &mut gated, &vec![2.0; values.len()]);
             for (&x, &got) in values.iter().zip(&gated) {
                 let x = f64::from(x);
-                let wanted = 2.0 * match activation {
-                    Activation::Silu => x / (1.0 + (-x).exp()),
-                    Activation::GeluTanh => {
-                        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
-                    }
-                };
-                assert!((f64::from(got) - wanted).abs() < 2e-6 * (1.0 + wanted.abs()), "{activation:?}({x}): {got}, {wanted}");
+                let wanted = 2.0
+                    * match activation {
+                        Activation::Silu => x / (1.0 + (-x).exp()),
+                        Activation::GeluTanh => {
+                            0.5 * x
+                                * (1.0
+                                    + ((2.0 / std::f64::consts::PI).sqrt()
+                                        * (x + 0.044_715 * x.powi(3)))
+                                    .tanh())
+                        }
+                    };
+                assert!(
+                    (f64::from(got) - wanted).abs() < 2e-6 * (1.0 + wanted.abs()),
+                    "{activation:?}({x}): {got}, {wanted}"
+                );
             }
         }
     }

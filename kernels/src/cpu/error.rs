@@ -19,6 +19,10 @@ pub(crate) fn expect_len(what: &'static str, got: usize, wanted: usize) -> Resul
 }
 
 /// Checks an index.
-pub(crate) fn expect_below(what: &'static str, got: usize, limit: usize) -> Result<(), KernelError> {
+pub(crate) fn expect_below(
+    what: &'static str,
+    got: usize,
+    limit: usize,
+) -> Result<(), KernelError> {
     if got < limit { Ok(()) } else { Err(KernelError::OutOfRange { what, limit, got }) }
 }

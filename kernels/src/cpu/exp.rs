@@ -31,7 +31,11 @@ mod tests {
         for i in -870_000..880_000 {
             let x = i as f32 * 1e-4;
             let wanted = f64::from(x).exp();
-            assert!((f64::from(exp(x)) / wanted - 1.0).abs() < 3e-7, "e^{x}: {} is not {wanted}", exp(x));
+            assert!(
+                (f64::from(exp(x)) / wanted - 1.0).abs() < 3e-7,
+                "e^{x}: {} is not {wanted}",
+                exp(x)
+            );
         }
         assert_eq!((exp(f32::NEG_INFINITY), exp(0.0)), (0.0, 1.0));
         assert!(exp(f32::NAN).is_nan());

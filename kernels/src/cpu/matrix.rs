@@ -29,8 +29,12 @@ impl Matrix {
     ) -> Result<Self, KernelError> {
         let wanted = dtype.bytes_for(rows, cols).ok_or(KernelError::Overflow("a matrix"))?;
         expect_len("the matrix's bytes", bytes.len(), wanted)?;
-        let panel_bytes = panel::panel_bytes(dtype, cols).ok_or(KernelError::Overflow("a panel"))?;
-        let total = rows.div_ceil(ROWS).checked_mul(panel_bytes).ok_or(KernelError::Overflow("a matrix"))?;
+        let panel_bytes =
+            panel::panel_bytes(dtype, cols).ok_or(KernelError::Overflow("a panel"))?;
+        let total = rows
+            .div_ceil(ROWS)
+            .checked_mul(panel_bytes)
+            .ok_or(KernelError::Overflow("a matrix"))?;
         (0..rows).try_for_each(|row| expect_below("a row of the order", order(row), rows))?;
         let mut packed = vec![0; total];
         let row_bytes = wanted.checked_div(rows).unwrap_or(0);

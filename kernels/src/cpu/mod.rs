@@ -15,6 +15,8 @@ mod multiply;
 mod norm;
 mod panel;
 mod rope;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
 pub use arena::{KvArena, KvDtype, KvShape};
 pub use attention::{AttendSpan, Attention};

@@ -10,7 +10,7 @@ use super::dtype::Dtype;
 use super::error::{KernelError, expect_len};
 use super::instructions::dispatched;
 use super::matrix::Matrix;
-use super::panel::{self, CHUNK, Lane, ROWS};
+use super::panel::{self, CHUNK, Decode, Lane, ROWS};
 
 /// Rows of the batch whose accumulators live in registers together: 6 x 2 of the 16 that AVX2 has.
 const TILE: usize = 6;
@@ -67,7 +67,9 @@ impl Matrix {
             for (block, x) in x.chunks(BLOCK * cols).enumerate() {
                 let part = Part { dtype: self.dtype(), panel: self.panel(index), cols, x };
                 let mut sums = [[0.0; ROWS]; BLOCK];
-                multiply_panel(part, &mut sums);
+                if !multiply_one(part, &mut sums[0]) {
+                    multiply_panel(part, &mut sums);
+                }
                 for (i, sums) in sums.iter().enumerate().take(x.len() / cols) {
                     let first = (block * BLOCK + i) * rows + index * ROWS;
                     let used = ROWS.min(rows - index * ROWS);
@@ -87,6 +89,16 @@ impl Matrix {
     }
 }
 
+/// A batch of one row by the loop of its dtype, if there is one.
+fn multiply_one(part: Part<'_>, sums: &mut Lane) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if part.x.len() == part.cols {
+        return super::vector::multiply(part.dtype, part.panel, part.x, sums);
+    }
+    let _ = (part, sums);
+    false
+}
+
 dispatched! {
     /// Adds one panel's products to `sums`.
     fn multiply_panel(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) => multiply_panel_body
@@ -94,43 +106,31 @@ dispatched! {
 
 #[inline(always)]
 fn multiply_panel_body(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) {
-    let m = part.x.len() / part.cols;
-    if m == 1 {
-        return multiply_vector(part, &mut sums[0]);
-    }
     let mut buffer = [[0.0_f32; ROWS]; CHUNK];
     for from in (0..part.cols).step_by(CHUNK) {
-        let to = part.cols.min(from + CHUNK);
-        panel::columns(part.dtype, part.panel, part.cols, from, to, |k, values| buffer[k - from] = *values);
-        let weights = &buffer[..to - from];
-        let mut row = 0;
-        while row + TILE <= m {
-            tile::<TILE>(part, weights, from, row, sums);
-            row += TILE;
-        }
-        match m - row {
-            1 => tile::<1>(part, weights, from, row, sums),
-            2 => tile::<2>(part, weights, from, row, sums),
-            3 => tile::<3>(part, weights, from, row, sums),
-            4 => tile::<4>(part, weights, from, row, sums),
-            5 => tile::<5>(part, weights, from, row, sums),
-            _ => {}
-        }
+        let weights = &mut buffer[..CHUNK.min(part.cols - from)];
+        panel::with_decode!(part.dtype, D => D::chunk(part.panel, part.cols, from, weights));
+        multiply_chunk(part, weights, from, sums);
     }
 }
 
-/// A single row: dequantized values go from register to register.
+/// All rows of the batch with one chunk of a panel.
 #[inline(always)]
-fn multiply_vector(part: Part<'_>, sums: &mut Lane) {
-    let mut sum = *sums;
-    for from in (0..part.cols).step_by(CHUNK) {
-        let to = part.cols.min(from + CHUNK);
-        panel::columns(part.dtype, part.panel, part.cols, from, to, |k, values| {
-            let x = part.x[k];
-            sum = std::array::from_fn(|r| x.mul_add(values[r], sum[r]));
-        });
+fn multiply_chunk(part: Part<'_>, weights: &[Lane], from: usize, sums: &mut [[f32; ROWS]; BLOCK]) {
+    let m = part.x.len() / part.cols;
+    let mut row = 0;
+    while row + TILE <= m {
+        tile::<TILE>(part, weights, from, row, sums);
+        row += TILE;
     }
-    *sums = sum;
+    match m - row {
+        1 => tile::<1>(part, weights, from, row, sums),
+        2 => tile::<2>(part, weights, from, row, sums),
+        3 => tile::<3>(part, weights, from, row, sums),
+        4 => tile::<4>(part, weights, from, row, sums),
+        5 => tile::<5>(part, weights, from, row, sums),
+        _ => {}
+    }
 }
 
 /// `M` rows of the batch with one chunk of a panel.
@@ -142,7 +142,8 @@ fn tile<const M: usize>(
     row: usize,
     sums: &mut [[f32; ROWS]; BLOCK],
 ) {
-    let x: [&[f32]; M] = std::array::from_fn(|i| &part.x[(row + i) * part.cols + from..][..weights.len()]);
+    let x: [&[f32]; M] =
+        std::array::from_fn(|i| &part.x[(row + i) * part.cols + from..][..weights.len()]);
     let mut acc: [Lane; M] = std::array::from_fn(|i| sums[row + i]);
     for (k, weights) in weights.iter().enumerate() {
         for i in 0..M {
@@ -165,14 +166,18 @@ mod tests {
 
     impl Values {
         fn next(&mut self) -> f32 {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            self.0 = self
+                .0
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             f32::from(u16::try_from(self.0 >> 48).unwrap()) / 32_768.0 - 1.0
         }
 
         /// A matrix's bytes whose scales are finite and small.
         fn weights(&mut self, dtype: Dtype, rows: usize, cols: usize) -> Vec<u8> {
-            let mut bytes: Vec<u8> =
-                (0..dtype.bytes_for(rows, cols).unwrap()).map(|_| (self.next().to_bits() >> 13) as u8).collect();
+            let mut bytes: Vec<u8> = (0..dtype.bytes_for(rows, cols).unwrap())
+                .map(|_| (self.next().to_bits() >> 13) as u8)
+                .collect();
             let scales: &[usize] = match dtype {
                 Dtype::F32 | Dtype::F16 | Dtype::BF16 => &[],
                 Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K => &[0, 2],
@@ -182,8 +187,12 @@ mod tests {
             for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
                 match dtype {
                     Dtype::F32 => block.copy_from_slice(&self.next().to_le_bytes()),
-                    Dtype::F16 => block.copy_from_slice(&half::f16::from_f32(self.next()).to_le_bytes()),
-                    Dtype::BF16 => block.copy_from_slice(&half::bf16::from_f32(self.next()).to_le_bytes()),
+                    Dtype::F16 => {
+                        block.copy_from_slice(&half::f16::from_f32(self.next()).to_le_bytes())
+                    }
+                    Dtype::BF16 => {
+                        block.copy_from_slice(&half::bf16::from_f32(self.next()).to_le_bytes())
+                    }
                     _ => {}
                 }
                 for &at in scales {
@@ -197,13 +206,15 @@ mod tests {
 
     fn dense(dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Vec<f32> {
         let mut values = vec![0.0; rows * cols];
-        let blocks = values.chunks_exact_mut(dtype.block_len()).zip(bytes.chunks_exact(dtype.block_bytes()));
+        let blocks =
+            values.chunks_exact_mut(dtype.block_len()).zip(bytes.chunks_exact(dtype.block_bytes()));
         blocks.for_each(|(values, block)| dequantize_block(dtype, block, values));
         values
     }
 
     #[test]
-    fn products_of_every_dtype_are_those_of_the_dequantized_values_and_the_same_bits_in_every_batch() {
+    fn products_of_every_dtype_are_those_of_the_dequantized_values_and_the_same_bits_in_every_batch()
+     {
         for dtype in Dtype::ALL {
             let (rows, cols) = (35, 512);
             let mut values = Values(7);
@@ -217,12 +228,21 @@ mod tests {
             for (i, x) in x.chunks_exact(cols).enumerate().step_by(7) {
                 let mut alone = vec![f32::NAN; rows];
                 matrix.multiply(x, &mut alone).unwrap();
-                assert_eq!(alone, out[i * rows..(i + 1) * rows], "{dtype:?}: row {i} alone and in a batch");
+                assert_eq!(
+                    alone,
+                    out[i * rows..(i + 1) * rows],
+                    "{dtype:?}: row {i} alone and in a batch"
+                );
                 for (row, &got) in alone.iter().enumerate() {
                     let weights = &dense[(row + 3) % rows * cols..][..cols];
-                    let wanted: f64 = x.iter().zip(weights).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-                    let size: f64 = x.iter().zip(weights).map(|(&a, &b)| f64::from(a * b).abs()).sum();
-                    assert!((f64::from(got) - wanted).abs() <= 1e-5 * size + 1e-6, "{dtype:?}: {got} is not {wanted}");
+                    let wanted: f64 =
+                        x.iter().zip(weights).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                    let size: f64 =
+                        x.iter().zip(weights).map(|(&a, &b)| f64::from(a * b).abs()).sum();
+                    assert!(
+                        (f64::from(got) - wanted).abs() <= 1e-5 * size + 1e-6,
+                        "{dtype:?}: {got} is not {wanted}"
+                    );
                 }
             }
             let mut row = vec![f32::NAN; cols];
@@ -253,7 +273,9 @@ mod tests {
     #[test]
     fn lengths_that_do_not_fit_are_refused() {
         let matrix = Matrix::pack(Dtype::F32, 2, 3, &[0; 24], &|row| row).unwrap();
-        let wrong = |result: Result<(), KernelError>| assert!(matches!(result, Err(KernelError::Length { .. })));
+        let wrong = |result: Result<(), KernelError>| {
+            assert!(matches!(result, Err(KernelError::Length { .. })))
+        };
         wrong(matrix.multiply(&[0.0; 4], &mut [0.0; 2]));
         wrong(matrix.multiply(&[0.0; 3], &mut [0.0; 3]));
         wrong(matrix.dequantize_row(0, &mut [0.0; 2]));

@@ -121,103 +121,235 @@ pub(crate) fn widen_f16(bits: u16) -> f32 {
     f32::from_bits(value | sign)
 }
 
-/// Calls `column(k, values)` for every column `k` of `from..to` (multiples of the block, at most [`CHUNK`] apart).
-#[inline(always)]
-pub(crate) fn columns(dtype: Dtype, panel: &[u8], cols: usize, from: usize, to: usize, mut column: impl FnMut(usize, &Lane)) {
-    match dtype {
-        Dtype::F32 => {
-            for k in from..to {
-                let bytes = &panel[k * 4 * ROWS..][..4 * ROWS];
-                let at = |r: usize| f32::from_le_bytes([bytes[4 * r], bytes[4 * r + 1], bytes[4 * r + 2], bytes[4 * r + 3]]);
-                column(k, &std::array::from_fn(at));
+/// How a panel of one dtype is read. One type a dtype, and loops rather than closures, so that each is inlined into
+/// code that is compiled for the wide instructions.
+pub(crate) trait Decode {
+    /// The values of columns `from..from + out.len()`, multiples of the block.
+    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]);
+}
+
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct BF16;
+pub(crate) struct Q8;
+pub(crate) struct Q4;
+pub(crate) struct Q4WithMinimum;
+pub(crate) struct Q5;
+pub(crate) struct Q5WithMinimum;
+pub(crate) struct Q4K;
+pub(crate) struct Q5K;
+pub(crate) struct Q6K;
+
+impl Decode for F32 {
+    #[inline(always)]
+    fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+        for (out, bytes) in out.iter_mut().zip(panel[from * 4 * ROWS..].chunks_exact(4 * ROWS)) {
+            for r in 0..ROWS {
+                out[r] = f32::from_le_bytes([
+                    bytes[4 * r],
+                    bytes[4 * r + 1],
+                    bytes[4 * r + 2],
+                    bytes[4 * r + 3],
+                ]);
             }
         }
-        Dtype::F16 => (from..to).for_each(|k| column(k, &halves(&panel[k * 2 * ROWS..][..2 * ROWS]))),
-        Dtype::BF16 => {
-            for k in from..to {
-                let bytes = &panel[k * 2 * ROWS..][..2 * ROWS];
-                let at = |r: usize| f32::from_bits(u32::from(u16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]])) << 16);
-                column(k, &std::array::from_fn(at));
-            }
-        }
-        Dtype::Q8_0 => blocks(panel, dtype, from, to, |block, parts, k0| {
-            let d = halves(&block[..2 * ROWS]);
-            for (k, q) in (k0..).zip(block[parts.quants..parts.end].chunks_exact(ROWS)) {
-                column(k, &std::array::from_fn(|r| f32::from(q[r].cast_signed()) * d[r]));
-            }
-        }),
-        Dtype::Q4_0 => blocks(panel, dtype, from, to, |block, parts, k0| {
-            let d = halves(&block[..2 * ROWS]);
-            for (k, q) in (k0..).zip(block[parts.quants..parts.end].chunks_exact(8)) {
-                let q = nibble_lane(q);
-                column(k, &std::array::from_fn(|r| (q[r] - 8.0) * d[r]));
-            }
-        }),
-        Dtype::Q4_1 => blocks(panel, dtype, from, to, |block, parts, k0| {
-            let (d, m) = (halves(&block[..2 * ROWS]), halves(&block[2 * ROWS..4 * ROWS]));
-            for (k, q) in (k0..).zip(block[parts.quants..parts.end].chunks_exact(8)) {
-                let q = nibble_lane(q);
-                column(k, &std::array::from_fn(|r| q[r] * d[r] + m[r]));
-            }
-        }),
-        Dtype::Q5_0 | Dtype::Q5_1 => blocks(panel, dtype, from, to, |block, parts, k0| {
-            let d = halves(&block[..2 * ROWS]);
-            let m = parts.minima.map(|at| halves(&block[at..at + 2 * ROWS]));
-            let fifth = fifth_masks(&block[parts.fifth.unwrap_or(0)..]);
-            for (i, q) in block[parts.quants..parts.end].chunks_exact(8).enumerate() {
-                let q = nibble_lane(q);
-                let q: Lane = std::array::from_fn(|r| q[r] + if fifth[r] >> i & 1 == 1 { 16.0 } else { 0.0 });
-                match &m {
-                    None => column(k0 + i, &std::array::from_fn(|r| (q[r] - 16.0) * d[r])),
-                    Some(m) => column(k0 + i, &std::array::from_fn(|r| q[r] * d[r] + m[r])),
-                }
-            }
-        }),
-        Dtype::Q4K | Dtype::Q5K | Dtype::Q6K => super_blocks(dtype, panel, cols, from, to, column),
     }
 }
 
-#[inline(always)]
-fn blocks(panel: &[u8], dtype: Dtype, from: usize, to: usize, mut each: impl FnMut(&[u8], Parts, usize)) {
-    let parts = Parts::of(dtype);
-    for index in from / 32..to / 32 {
-        each(&panel[index * parts.end..][..parts.end], parts, index * 32);
+impl Decode for F16 {
+    #[inline(always)]
+    fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+        for (out, bytes) in out.iter_mut().zip(panel[from * 2 * ROWS..].chunks_exact(2 * ROWS)) {
+            *out = halves(bytes);
+        }
     }
 }
+
+impl Decode for BF16 {
+    #[inline(always)]
+    fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+        for (out, bytes) in out.iter_mut().zip(panel[from * 2 * ROWS..].chunks_exact(2 * ROWS)) {
+            for r in 0..ROWS {
+                out[r] = f32::from_bits(
+                    u32::from(u16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]])) << 16,
+                );
+            }
+        }
+    }
+}
+
+/// Implements [`Decode`] for a dtype with blocks of 32: `$lane` gives row `r` of column `k` from the quants' lane `q`.
+macro_rules! decode_blocks {
+    ($name:ident, $dtype:expr, $bytes:literal, |$block:ident, $parts:ident| $setup:expr, |$q:ident, $k:ident, $r:ident, $with:ident| $lane:expr) => {
+        impl Decode for $name {
+            #[inline(always)]
+            fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+                let $parts = Parts::of($dtype);
+                let blocks = panel[from / 32 * $parts.end..].chunks_exact($parts.end);
+                for ($block, out) in blocks.zip(out.chunks_exact_mut(32)) {
+                    let d = halves(&$block[..2 * ROWS]);
+                    let $with = $setup;
+                    let quants = $block[$parts.quants..$parts.end].chunks_exact($bytes);
+                    for ($k, (out, bytes)) in out.iter_mut().zip(quants).enumerate() {
+                        let $q = if $bytes == ROWS { byte_lane(bytes) } else { nibble_lane(bytes) };
+                        for $r in 0..ROWS {
+                            out[$r] = $lane(d[$r]);
+                        }
+                        let _ = $k;
+                    }
+                }
+            }
+        }
+    };
+}
+
+decode_blocks!(Q8, Dtype::Q8_0, 16, |block, parts| (), |q, k, r, _with| |d: f32| q[r] * d);
+decode_blocks!(Q4, Dtype::Q4_0, 8, |block, parts| (), |q, k, r, _with| |d: f32| (q[r] - 8.0) * d);
+decode_blocks!(
+    Q4WithMinimum,
+    Dtype::Q4_1,
+    8,
+    |block, parts| halves(&block[2 * ROWS..4 * ROWS]),
+    |q, k, r, m| { |d: f32| q[r] * d + m[r] }
+);
+decode_blocks!(
+    Q5,
+    Dtype::Q5_0,
+    8,
+    |block, parts| fifth_masks(&block[2 * ROWS..6 * ROWS]),
+    |q, k, r, fifth| { |d: f32| (q[r] + ((fifth[r] >> k & 1) << 4) as f32 - 16.0) * d }
+);
+decode_blocks!(
+    Q5WithMinimum,
+    Dtype::Q5_1,
+    8,
+    |block, parts| (fifth_masks(&block[4 * ROWS..8 * ROWS]), halves(&block[2 * ROWS..4 * ROWS])),
+    |q, k, r, with| |d: f32| (q[r] + ((with.0[r] >> k & 1) << 4) as f32) * d + with.1[r]
+);
+
+impl Decode for Q4K {
+    #[inline(always)]
+    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
+        super_blocks(Dtype::Q4K, panel, cols, from, out);
+    }
+}
+
+impl Decode for Q5K {
+    #[inline(always)]
+    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
+        super_blocks(Dtype::Q5K, panel, cols, from, out);
+    }
+}
+
+impl Decode for Q6K {
+    #[inline(always)]
+    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
+        super_blocks(Dtype::Q6K, panel, cols, from, out);
+    }
+}
+
+/// Evaluates `$body` with `$decode` standing for the type that reads `$dtype`.
+macro_rules! with_decode {
+    ($dtype:expr, $decode:ident => $body:expr) => {
+        match $dtype {
+            $crate::cpu::Dtype::F32 => {
+                type $decode = $crate::cpu::panel::F32;
+                $body
+            }
+            $crate::cpu::Dtype::F16 => {
+                type $decode = $crate::cpu::panel::F16;
+                $body
+            }
+            $crate::cpu::Dtype::BF16 => {
+                type $decode = $crate::cpu::panel::BF16;
+                $body
+            }
+            $crate::cpu::Dtype::Q8_0 => {
+                type $decode = $crate::cpu::panel::Q8;
+                $body
+            }
+            $crate::cpu::Dtype::Q4_0 => {
+                type $decode = $crate::cpu::panel::Q4;
+                $body
+            }
+            $crate::cpu::Dtype::Q4_1 => {
+                type $decode = $crate::cpu::panel::Q4WithMinimum;
+                $body
+            }
+            $crate::cpu::Dtype::Q5_0 => {
+                type $decode = $crate::cpu::panel::Q5;
+                $body
+            }
+            $crate::cpu::Dtype::Q5_1 => {
+                type $decode = $crate::cpu::panel::Q5WithMinimum;
+                $body
+            }
+            $crate::cpu::Dtype::Q4K => {
+                type $decode = $crate::cpu::panel::Q4K;
+                $body
+            }
+            $crate::cpu::Dtype::Q5K => {
+                type $decode = $crate::cpu::panel::Q5K;
+                $body
+            }
+            $crate::cpu::Dtype::Q6K => {
+                type $decode = $crate::cpu::panel::Q6K;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_decode;
 
 #[inline(always)]
 fn nibble_lane(bytes: &[u8]) -> Lane {
-    let bytes: [u8; 8] = std::array::from_fn(|r| bytes[r]);
-    std::array::from_fn(|r| {
-        let nibble = if r < 8 { bytes[r % 8] & 15 } else { bytes[r % 8] >> 4 };
-        f32::from(nibble)
-    })
+    let mut lane = [0.0; ROWS];
+    for r in 0..8 {
+        lane[r] = f32::from(bytes[r] & 15);
+        lane[r + 8] = f32::from(bytes[r] >> 4);
+    }
+    lane
 }
 
+#[inline(always)]
+fn byte_lane(bytes: &[u8]) -> Lane {
+    let mut lane = [0.0; ROWS];
+    for r in 0..ROWS {
+        lane[r] = f32::from(bytes[r % bytes.len()].cast_signed());
+    }
+    lane
+}
+
+#[inline(always)]
 fn fifth_masks(bytes: &[u8]) -> [u32; ROWS] {
-    std::array::from_fn(|r| u32::from_le_bytes([bytes[4 * r], bytes[4 * r + 1], bytes[4 * r + 2], bytes[4 * r + 3]]))
+    std::array::from_fn(|r| {
+        u32::from_le_bytes([bytes[4 * r], bytes[4 * r + 1], bytes[4 * r + 2], bytes[4 * r + 3]])
+    })
 }
 
 /// Rows of 256-blocks are dequantized one by one and turned.
 #[inline(always)]
-fn super_blocks(dtype: Dtype, panel: &[u8], cols: usize, from: usize, to: usize, mut column: impl FnMut(usize, &Lane)) {
+fn super_blocks(dtype: Dtype, panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
     let row_bytes = cols / 256 * dtype.block_bytes();
-    let mut values = [[0.0_f32; 256]; ROWS];
-    for block in from / 256..to.div_ceil(256) {
-        for (r, values) in values.iter_mut().enumerate() {
+    let mut values = [0.0_f32; 256];
+    for (block, out) in (from / 256..).zip(out.chunks_exact_mut(256)) {
+        for r in 0..ROWS {
             let at = r * row_bytes + block * dtype.block_bytes();
-            dequantize_block(dtype, &panel[at..at + dtype.block_bytes()], values);
-        }
-        for k in 0..256 {
-            column(block * 256 + k, &std::array::from_fn(|r| values[r][k]));
+            dequantize_block(dtype, &panel[at..at + dtype.block_bytes()], &mut values);
+            for (out, value) in out.iter_mut().zip(values) {
+                out[r] = value;
+            }
         }
     }
 }
 
 /// One row of a panel.
 pub(crate) fn row_of(dtype: Dtype, panel: &[u8], cols: usize, row: usize, out: &mut [f32]) {
-    for from in (0..cols).step_by(CHUNK) {
-        columns(dtype, panel, cols, from, cols.min(from + CHUNK), |k, values| out[k] = values[row]);
+    let mut buffer = [[0.0; ROWS]; CHUNK];
+    for (index, out) in out.chunks_mut(CHUNK).enumerate() {
+        let buffer = &mut buffer[..out.len()];
+        with_decode!(dtype, D => D::chunk(panel, cols, index * CHUNK, buffer));
+        out.iter_mut().zip(buffer).for_each(|(out, lane)| *out = lane[row]);
     }
 }
 
@@ -230,7 +362,10 @@ mod tests {
     fn every_half_widens_as_the_library_says() {
         for bits in 0..=u16::MAX {
             let (ours, theirs) = (widen_f16(bits), f16::from_bits(bits).to_f32());
-            assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{bits:#x}");
+            assert!(
+                ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
+                "{bits:#x}"
+            );
         }
         assert_eq!(bf16::from_f32(1.5).to_f32(), 1.5);
     }

@@ -297,6 +297,13 @@ fn check(
             flags.block_size
         ));
     }
+    if flags.max_num_batched_tokens.0 < flags.max_num_seqs {
+        return invalid(format!(
+            "--max-num-batched-tokens {} is not allowed: at least --max-num-seqs ({}), so that every running sequence \
+             gets a token in each step",
+            flags.max_num_batched_tokens.0, flags.max_num_seqs
+        ));
+    }
     Ok(ServeConfig {
         listen: listen(&flags)?,
         memory: memory(&flags)?,

@@ -14,7 +14,9 @@ fn main() -> ExitCode {
     };
     let done = match command {
         Command::Serve(config) => serve::run(*config),
-        Command::Plan { config, format } => serve::print_plan(&config, format, &mut std::io::stdout()),
+        Command::Plan { config, format } => {
+            serve::print_plan(&config, format, &mut std::io::stdout())
+        }
         Command::BenchServe(args) => run_bench(&args),
     };
     match done {

@@ -58,7 +58,9 @@ pub struct MemoryPlan {
 /// Why there is no plan. Every variant says what is missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
-    #[error("max-model-len {wanted} is more than the {limit} positions that the model was made for")]
+    #[error(
+        "max-model-len {wanted} is more than the {limit} positions that the model was made for"
+    )]
     TooLong { wanted: u32, limit: u32 },
     #[error(
         "weights, workspace and process need {needed} bytes ({} MiB), {limit} bytes ({} MiB) are granted: \
@@ -87,7 +89,10 @@ impl MemoryPlan {
     /// When the weights or one sequence of the stated length do not fit, with what is missing.
     pub fn new(config: &ServeConfig, demand: Demand, machine: Machine) -> Result<Self, PlanError> {
         let wanted_len = wanted_len(config, demand)?;
-        let fixed = demand.weights.checked_add(demand.workspace).and_then(|sum| sum.checked_add(PROCESS_OVERHEAD_BYTES));
+        let fixed = demand
+            .weights
+            .checked_add(demand.workspace)
+            .and_then(|sum| sum.checked_add(PROCESS_OVERHEAD_BYTES));
         let fixed = fixed.ok_or(PlanError::Overflow("weights and workspace"))?;
         let size = BlockSize(config.block_size);
         let block_bytes = demand.kv_per_token.checked_mul(u64::from(config.block_size.get()));
@@ -102,7 +107,9 @@ impl MemoryPlan {
         let (len, lowered) = fit_len(config, wanted_len, pool, block_bytes)?;
         let per_sequence = size.blocks_for(len as usize) as u64;
         let blocks = u32::try_from(pool).map_err(|_| PlanError::Overflow("blocks"))?;
-        let kv_bytes = (pool + 1).checked_mul(block_bytes).ok_or(PlanError::Overflow("bytes of all blocks"))?;
+        let kv_bytes = (pool + 1)
+            .checked_mul(block_bytes)
+            .ok_or(PlanError::Overflow("bytes of all blocks"))?;
         Ok(Self {
             weights_bytes: demand.weights,
             workspace_bytes: demand.workspace,
@@ -148,16 +155,22 @@ fn kv_bytes(
         MemoryLimit::Unset => {
             // One block more than tokens, for the null block.
             let tokens = u64::from(len).saturating_mul(u64::from(config.max_num_seqs.get()));
-            let all = tokens.saturating_add(u64::from(config.block_size.get())).saturating_mul(demand.kv_per_token);
+            let all = tokens
+                .saturating_add(u64::from(config.block_size.get()))
+                .saturating_mul(demand.kv_per_token);
             return Ok(all.min(DEFAULT_KV_BYTES).min(machine.free / 100 * DEFAULT_SHARE_PERCENT));
         }
     };
-    limit.checked_sub(fixed).filter(|&left| left > 0).ok_or(PlanError::NoRoomForWeights { needed: fixed, limit })
+    limit
+        .checked_sub(fixed)
+        .filter(|&left| left > 0)
+        .ok_or(PlanError::NoRoomForWeights { needed: fixed, limit })
 }
 
 fn share_of(total: u64, share: f64) -> u64 {
     // Thousandths are as exact as a share of memory needs to be, and keep the arithmetic in integers.
-    let thousandths = (0..=1000_u32).rev().find(|&part| f64::from(part) <= share * 1000.0).unwrap_or(0);
+    let thousandths =
+        (0..=1000_u32).rev().find(|&part| f64::from(part) <= share * 1000.0).unwrap_or(0);
     total / 1000 * u64::from(thousandths)
 }
 
@@ -170,7 +183,12 @@ fn blocks_in(block_size: BlockSize, per_token: u64, bytes: u64) -> Result<u64, P
 }
 
 /// The length of a sequence that fits the pool: the stated one or an error, else the model's own, lowered if it must be.
-fn fit_len(config: &ServeConfig, wanted: u32, pool: u64, block_bytes: u64) -> Result<(u32, bool), PlanError> {
+fn fit_len(
+    config: &ServeConfig,
+    wanted: u32,
+    pool: u64,
+    block_bytes: u64,
+) -> Result<(u32, bool), PlanError> {
     let size = u64::from(config.block_size.get());
     let needed = u64::from(wanted).div_ceil(size);
     if needed <= pool {
@@ -182,7 +200,13 @@ fn fit_len(config: &ServeConfig, wanted: u32, pool: u64, block_bytes: u64) -> Re
         Ok(fits) if config.max_model_len.is_none() && fits >= 2 => Ok((fits, true)),
         Ok(_) | Err(_) => {
             let missing_bytes = (needed - pool).saturating_mul(block_bytes);
-            Err(PlanError::SequenceDoesNotFit { len: wanted, needed, blocks: pool, missing_bytes, fits })
+            Err(PlanError::SequenceDoesNotFit {
+                len: wanted,
+                needed,
+                blocks: pool,
+                missing_bytes,
+                fits,
+            })
         }
     }
 }
@@ -193,10 +217,17 @@ impl Machine {
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let figure = |name: &str| {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-            line.trim_start_matches(':').split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+            line.trim_start_matches(':')
+                .split_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()
+                .map(|kib| kib << 10)
         };
-        let mut machine =
-            Self { total: figure("MemTotal").unwrap_or(0), free: figure("MemAvailable").unwrap_or(0) };
+        let mut machine = Self {
+            total: figure("MemTotal").unwrap_or(0),
+            free: figure("MemAvailable").unwrap_or(0),
+        };
         for (limit, used) in cgroup_limits() {
             machine.total = machine.total.min(limit.get());
             machine.free = machine.free.min(limit.get().saturating_sub(used));
@@ -208,15 +239,20 @@ impl Machine {
 /// Limit and use of every cgroup (version 2) from the process's own to the root.
 fn cgroup_limits() -> Vec<(NonZeroU64, u64)> {
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::")) else { return Vec::new() };
+    let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::")) else {
+        return Vec::new();
+    };
     let folder = std::path::Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'));
     let read = |folder: &std::path::Path, file: &str| {
         std::fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok()
     };
-    let limits = folder.ancestors().take_while(|folder| folder.starts_with("/sys/fs/cgroup")).filter_map(|folder| {
-        let limit = NonZeroU64::new(read(folder, "memory.max")?)?;
-        Some((limit, read(folder, "memory.current").unwrap_or(0)))
-    });
+    let limits = folder
+        .ancestors()
+        .take_while(|folder| folder.starts_with("/sys/fs/cgroup"))
+        .filter_map(|folder| {
+            let limit = NonZeroU64::new(read(folder, "memory.max")?)?;
+            Some((limit, read(folder, "memory.current").unwrap_or(0)))
+        });
     limits.collect()
 }
 
@@ -228,7 +264,8 @@ impl std::fmt::Display for MemoryPlan {
         line("process", self.overhead_bytes)?;
         line("KV blocks", self.kv_bytes)?;
         line("total", self.total_bytes)?;
-        let mut count = |name: &str, count: u64, unit: &str| writeln!(f, "{name:<28}{count:>12} {unit}");
+        let mut count =
+            |name: &str, count: u64, unit: &str| writeln!(f, "{name:<28}{count:>12} {unit}");
         count("KV of a token", self.kv_bytes_per_token, "bytes")?;
         count("KV of a block", self.kv_bytes_per_block, "bytes")?;
         count("block size", self.block_size.into(), "tokens")?;
@@ -236,10 +273,17 @@ impl std::fmt::Display for MemoryPlan {
         count("max model length", self.max_model_len.into(), "tokens")?;
         count("sequences of that length", self.sequences_at_full_length.into(), "")?;
         if self.max_model_len_lowered {
-            writeln!(f, "max-model-len was lowered so that one sequence fits; state it to be refused instead")?;
+            writeln!(
+                f,
+                "max-model-len was lowered so that one sequence fits; state it to be refused instead"
+            )?;
         }
         if self.sliding_layers > 0 {
-            writeln!(f, "{} layers attend to a window; no block is freed behind it yet", self.sliding_layers)?;
+            writeln!(
+                f,
+                "{} layers attend to a window; no block is freed behind it yet",
+                self.sliding_layers
+            )?;
         }
         Ok(())
     }

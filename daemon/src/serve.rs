@@ -16,7 +16,9 @@ use tokio::sync::watch;
 
 use crate::api::server::{self, Listener, Phase, ServerOptions};
 use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded};
-use crate::config::{ApiKey, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope, ServeConfig, Supervision};
+use crate::config::{
+    ApiKey, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope, ServeConfig, Supervision,
+};
 use crate::engine::handle::{Handle, State};
 use crate::metrics::Metrics;
 use crate::plan::{Machine, MemoryPlan};
@@ -74,7 +76,8 @@ pub fn print_plan(config: &ServeConfig, format: PlanFormat, output: &mut impl Wr
 }
 
 fn start_log(config: &LogConfig) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.filter).context("read --log-level")?;
+    let filter =
+        tracing_subscriber::EnvFilter::try_new(&config.filter).context("read --log-level")?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match config.format {
         LogFormat::Text => log.init(),
@@ -97,13 +100,18 @@ enum End {
     EngineStopped,
 }
 
-async fn serve(config: ServeConfig, machine: Machine, agent: Option<supervised::Agent>) -> Result<()> {
+async fn serve(
+    config: ServeConfig,
+    machine: Machine,
+    agent: Option<supervised::Agent>,
+) -> Result<()> {
     let mut signals = Signals::new()?;
     let bound = bind(&config.listen).await?;
     if agent.is_some() {
         supervised::deny_sockets();
     }
-    let metrics = Arc::new(Metrics::new(&config.served_model_names[0]).context("register the metrics")?);
+    let metrics =
+        Arc::new(Metrics::new(&config.served_model_names[0]).context("register the metrics")?);
     let state = Arc::new(ApiState::new(
         config.served_model_names.clone(),
         config.api_keys.iter().map(|key| key.expose().to_owned()).collect(),
@@ -121,7 +129,8 @@ async fn serve(config: ServeConfig, machine: Machine, agent: Option<supervised::
         max_connections: MAX_CONNECTIONS,
     };
     let app = crate::api::router(Arc::clone(&state));
-    let server = tokio::spawn(server::serve(bound.listener, app, options, watched, Arc::clone(&metrics)));
+    let server =
+        tokio::spawn(server::serve(bound.listener, app, options, watched, Arc::clone(&metrics)));
     let mut agent = agent;
     let ended = live(&config, machine, &state, &mut signals, &mut agent, bound.port, &phase).await;
     if let (Some(agent), Err(error)) = (&agent, &ended) {
@@ -191,7 +200,11 @@ async fn drain(
 ) -> Result<()> {
     handle.drain();
     phase.send_replace(Phase::Draining);
-    tracing::info!(requests = handle.in_flight(), timeout_s = config.shutdown_timeout.as_secs(), "draining");
+    tracing::info!(
+        requests = handle.in_flight(),
+        timeout_s = config.shutdown_timeout.as_secs(),
+        "draining"
+    );
     let deadline = Instant::now() + config.shutdown_timeout;
     let idle = async {
         while handle.in_flight() > 0 && Instant::now() < deadline {
@@ -208,7 +221,10 @@ async fn drain(
     let dropped = handle.in_flight();
     if dropped > 0 {
         state.metrics.dropped_streams(dropped);
-        tracing::warn!(requests = dropped, "the time to finish is over, running requests are dropped");
+        tracing::warn!(
+            requests = dropped,
+            "the time to finish is over, running requests are dropped"
+        );
     }
     Ok(())
 }
@@ -239,7 +255,8 @@ async fn bind(listen: &Listen) -> Result<Bound> {
         }
         Listen::Unix(path) => {
             remove_stale_socket(path)?;
-            let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+            let listener = UnixListener::bind(path)
+                .with_context(|| format!("listen on {}", path.display()))?;
             Ok(Bound { listener: Listener::Unix(listener), port: 0 })
         }
     }
@@ -249,7 +266,8 @@ async fn bind(listen: &Listen) -> Result<Bound> {
 fn remove_stale_socket(path: &Path) -> Result<()> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if metadata.file_type().is_socket() && std::os::unix::net::UnixStream::connect(path).is_err() {
-        std::fs::remove_file(path).with_context(|| format!("remove the stale socket {}", path.display()))?;
+        std::fs::remove_file(path)
+            .with_context(|| format!("remove the stale socket {}", path.display()))?;
     }
     Ok(())
 }
@@ -263,7 +281,10 @@ struct Signals {
 impl Signals {
     fn new() -> Result<Self> {
         let listen = |kind| signal(kind).context("listen for signals");
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
     }
 
     /// Waits for one; gives its number.

@@ -23,7 +23,8 @@ use crate::model::text::{AddSpecial, SpecialTokens};
 const MOST_SILENCE: Duration = Duration::from_secs(60);
 
 pub(crate) async fn models(State(state): State<Arc<ApiState>>) -> Json<Value> {
-    let data: Vec<Value> = state.served_model_names.iter().map(|name| model_card(&state, name)).collect();
+    let data: Vec<Value> =
+        state.served_model_names.iter().map(|name| model_card(&state, name)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
@@ -43,27 +44,38 @@ fn model_card(state: &ApiState, name: &str) -> Value {
     })
 }
 
-pub(crate) async fn tokenize(State(state): State<Arc<ApiState>>, body: Bytes) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn tokenize(
+    State(state): State<Arc<ApiState>>,
+    body: Bytes,
+) -> Result<Json<Value>, ApiError> {
     let loaded = state.loaded()?;
     let mut fields = Fields::parse(&body)?;
     state.served(fields.string("model", 4096)?)?;
     let wants_text = fields.bool("return_token_strs", false)?;
     let tokens = match fields.string("prompt", state.limits.body_bytes)? {
         Some(prompt) => {
-            let special = if fields.bool("add_special_tokens", true)? { AddSpecial::Yes } else { AddSpecial::No };
+            let special = if fields.bool("add_special_tokens", true)? {
+                AddSpecial::Yes
+            } else {
+                AddSpecial::No
+            };
             ask::tokenize(loaded, prompt, special).await?
         }
         None => Conversation::read(&mut fields)?.prompt(loaded).await?,
     };
     fields.ignore_rest();
-    let texts = wants_text.then(|| tokens.iter().map(|&token| loaded.text.token_text(token)).collect::<Vec<_>>());
+    let texts = wants_text
+        .then(|| tokens.iter().map(|&token| loaded.text.token_text(token)).collect::<Vec<_>>());
     Ok(Json(json!({
         "count": tokens.len(), "max_model_len": loaded.handle.capacity().max_model_len,
         "tokens": shape::ids(&tokens), "token_strs": texts,
     })))
 }
 
-pub(crate) async fn detokenize(State(state): State<Arc<ApiState>>, body: Bytes) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn detokenize(
+    State(state): State<Arc<ApiState>>,
+    body: Bytes,
+) -> Result<Json<Value>, ApiError> {
     let loaded = state.loaded()?;
     let mut fields = Fields::parse(&body)?;
     state.served(fields.string("model", 4096)?)?;
@@ -82,7 +94,9 @@ pub(crate) async fn healthz(State(state): State<Arc<ApiState>>) -> Response {
     let Ok(loaded) = state.loaded() else { return (StatusCode::OK, "loading\n").into_response() };
     let silent = loaded.handle.since_progress();
     match loaded.handle.state() {
-        handle::State::Stopped => (StatusCode::SERVICE_UNAVAILABLE, "the engine has stopped\n").into_response(),
+        handle::State::Stopped => {
+            (StatusCode::SERVICE_UNAVAILABLE, "the engine has stopped\n").into_response()
+        }
         handle::State::Ready | handle::State::Draining if silent > MOST_SILENCE => {
             let reason = format!("the step loop has not moved for {} s\n", silent.as_secs());
             (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
@@ -111,5 +125,6 @@ pub(crate) async fn metrics(State(state): State<Arc<ApiState>>) -> Response {
     if let Ok(loaded) = state.loaded() {
         state.metrics.set_since_progress(loaded.handle.since_progress());
     }
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.metrics.render()).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.metrics.render())
+        .into_response()
 }

@@ -16,7 +16,11 @@ const INLINE_BYTES: usize = 4096;
 ///
 /// # Errors
 /// When the text is too long or cannot be tokenized.
-pub(crate) async fn tokenize(loaded: &Loaded, text: String, special: AddSpecial) -> Result<Vec<TokenId>, ApiError> {
+pub(crate) async fn tokenize(
+    loaded: &Loaded,
+    text: String,
+    special: AddSpecial,
+) -> Result<Vec<TokenId>, ApiError> {
     let limit = loaded.handle.capacity().max_model_len as usize;
     let least = text.len() / loaded.longest_token.max(1);
     if least > limit {
@@ -37,7 +41,11 @@ pub(crate) async fn tokenize(loaded: &Loaded, text: String, special: AddSpecial)
 /// # Errors
 /// When there is no token.
 pub(crate) fn check_prompt(tokens: Vec<TokenId>) -> Result<Vec<TokenId>, ApiError> {
-    if tokens.is_empty() { Err(ApiError::invalid("prompt", "wanted at least one token, got none")) } else { Ok(tokens) }
+    if tokens.is_empty() {
+        Err(ApiError::invalid("prompt", "wanted at least one token, got none"))
+    } else {
+        Ok(tokens)
+    }
 }
 
 /// Puts all requests of a body into the engine, or none.

@@ -18,11 +18,16 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const LONGEST_REQUEST_ID: usize = 128;
 
 /// Lets requests with a key pass, or all where no key is wanted.
-pub(crate) async fn check_key(State(state): State<Arc<ApiState>>, mut request: Request, next: Next) -> Response {
+pub(crate) async fn check_key(
+    State(state): State<Arc<ApiState>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let shown = shown.and_then(|value| value.split_once(' '));
-    let shown: Option<Arc<str>> =
-        shown.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, key)| key.trim().into());
+    let shown: Option<Arc<str>> = shown
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, key)| key.trim().into());
     if !state.admits(shown.as_deref()) {
         return ApiError::Unauthorized.into_response();
     }
@@ -32,7 +37,8 @@ pub(crate) async fn check_key(State(state): State<Arc<ApiState>>, mut request: R
 
 /// Echoes `X-Request-Id`, or makes one up.
 pub(crate) async fn name_request(request: Request, next: Next) -> Response {
-    let given = request.headers().get(&REQUEST_ID).filter(|id| id.len() <= LONGEST_REQUEST_ID).cloned();
+    let given =
+        request.headers().get(&REQUEST_ID).filter(|id| id.len() <= LONGEST_REQUEST_ID).cloned();
     let id = given.or_else(|| {
         let id = format!("req-{:016x}", getrandom::u64().unwrap_or_default());
         HeaderValue::from_str(&id).ok()

@@ -93,7 +93,9 @@ pub(crate) async fn complete(
             Ok(stream::respond(gathers, writer, plan))
         }
         Delivery::Whole => {
-            let whole = futures_util::future::try_join_all(gathers.into_iter().map(super::gather::Gather::whole));
+            let whole = futures_util::future::try_join_all(
+                gathers.into_iter().map(super::gather::Gather::whole),
+            );
             let whole = super::within(state.limits.request_timeout, whole).await?;
             let mut used = Used::default();
             let mut choices = Vec::new();
@@ -112,7 +114,9 @@ fn read_logprobs(fields: &mut Fields, most: u32) -> Result<Option<u32>, ApiError
     let wanted = fields.bool("logprobs", false)?;
     let top = fields.count("top_logprobs", 0..=most)?;
     match (wanted, top) {
-        (false, Some(top)) if top > 0 => Err(ApiError::invalid("top_logprobs", "wanted only with logprobs: true")),
+        (false, Some(top)) if top > 0 => {
+            Err(ApiError::invalid("top_logprobs", "wanted only with logprobs: true"))
+        }
         (false, _) => Ok(None),
         (true, top) => Ok(Some(top.unwrap_or(0))),
     }
@@ -123,24 +127,33 @@ impl Conversation {
     pub(crate) fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let messages = match fields.take("messages") {
             Some(Value::Array(messages)) if !messages.is_empty() => messages,
-            Some(Value::Array(_)) | None => return Err(ApiError::invalid("messages", "wanted at least one message")),
+            Some(Value::Array(_)) | None => {
+                return Err(ApiError::invalid("messages", "wanted at least one message"));
+            }
             Some(other) => return Err(wrong("messages", "an array of messages", &other)),
         };
-        let messages: Vec<Value> = messages.into_iter().enumerate().map(read_message).collect::<Result<_, _>>()?;
+        let messages: Vec<Value> =
+            messages.into_iter().enumerate().map(read_message).collect::<Result<_, _>>()?;
         let continue_final_message = fields.bool("continue_final_message", false)?;
-        let add_generation_prompt = fields.bool("add_generation_prompt", !continue_final_message)?;
+        let add_generation_prompt =
+            fields.bool("add_generation_prompt", !continue_final_message)?;
         if continue_final_message && add_generation_prompt {
             let reason = "cannot be true together with add_generation_prompt";
             return Err(ApiError::invalid("continue_final_message", reason));
         }
         let last = messages.last().and_then(|message| message["content"].as_str());
-        let echoed = (fields.bool("echo", false)? && continue_final_message).then(|| last.unwrap_or("").to_owned());
+        let echoed = (fields.bool("echo", false)? && continue_final_message)
+            .then(|| last.unwrap_or("").to_owned());
         Ok(Self {
             messages: Value::Array(messages),
             add_generation_prompt,
             continue_final_message,
             kwargs: fields.object("chat_template_kwargs")?.unwrap_or_default(),
-            special: if fields.bool("add_special_tokens", false)? { AddSpecial::Yes } else { AddSpecial::No },
+            special: if fields.bool("add_special_tokens", false)? {
+                AddSpecial::Yes
+            } else {
+                AddSpecial::No
+            },
             echoed,
         })
     }
@@ -149,7 +162,8 @@ impl Conversation {
     pub(crate) async fn prompt(&self, loaded: &Loaded) -> Result<Vec<TokenId>, ApiError> {
         let text = Arc::clone(&loaded.text);
         let (messages, kwargs) = (self.messages.clone(), self.kwargs.clone());
-        let (add_generation_prompt, continue_final_message) = (self.add_generation_prompt, self.continue_final_message);
+        let (add_generation_prompt, continue_final_message) =
+            (self.add_generation_prompt, self.continue_final_message);
         let render = move || {
             text.render_chat(&ChatRequest {
                 messages: &messages,
@@ -159,7 +173,8 @@ impl Conversation {
                 template: None,
             })
         };
-        let rendered = tokio::task::spawn_blocking(render).await.map_err(|_| ApiError::EngineStopped)??;
+        let rendered =
+            tokio::task::spawn_blocking(render).await.map_err(|_| ApiError::EngineStopped)??;
         ask::check_prompt(ask::tokenize(loaded, rendered, self.special).await?)
     }
 }
@@ -171,10 +186,16 @@ fn read_message((index, message): (usize, Value)) -> Result<Value, ApiError> {
         return Err(wrong(&format!("messages[{index}]"), "an object", &message));
     };
     match message.get("role") {
-        Some(Value::String(role)) if role == "developer" => drop(message.insert("role".into(), "system".into())),
-        Some(Value::String(role)) if ["system", "user", "assistant", "tool"].contains(&role.as_str()) => {}
+        Some(Value::String(role)) if role == "developer" => {
+            drop(message.insert("role".into(), "system".into()))
+        }
+        Some(Value::String(role))
+            if ["system", "user", "assistant", "tool"].contains(&role.as_str()) => {}
         Some(Value::String(_)) => {
-            return Err(ApiError::invalid(name("role"), "wanted system, developer, user, assistant or tool"));
+            return Err(ApiError::invalid(
+                name("role"),
+                "wanted system, developer, user, assistant or tool",
+            ));
         }
         Some(other) => return Err(wrong(&name("role"), "a string", other)),
         None => return Err(ApiError::invalid(name("role"), "is missing")),
@@ -182,10 +203,13 @@ fn read_message((index, message): (usize, Value)) -> Result<Value, ApiError> {
     let content = match message.remove("content") {
         Some(Value::String(text)) => text,
         None | Some(Value::Null) => String::new(),
-        Some(Value::Array(parts)) => {
-            parts.iter().map(|part| read_part(&name("content"), part)).collect::<Result<String, _>>()?
+        Some(Value::Array(parts)) => parts
+            .iter()
+            .map(|part| read_part(&name("content"), part))
+            .collect::<Result<String, _>>()?,
+        Some(other) => {
+            return Err(wrong(&name("content"), "a string or an array of parts", &other));
         }
-        Some(other) => return Err(wrong(&name("content"), "a string or an array of parts", &other)),
     };
     message.insert("content".into(), content.into());
     Ok(Value::Object(message))
@@ -193,9 +217,10 @@ fn read_message((index, message): (usize, Value)) -> Result<Value, ApiError> {
 
 fn read_part<'a>(name: &str, part: &'a Value) -> Result<&'a str, ApiError> {
     match part.get("type").and_then(Value::as_str) {
-        Some("text") => {
-            part.get("text").and_then(Value::as_str).ok_or_else(|| ApiError::invalid(name, "wanted a text part's text"))
-        }
+        Some("text") => part
+            .get("text")
+            .and_then(Value::as_str)
+            .ok_or_else(|| ApiError::invalid(name, "wanted a text part's text")),
         Some(other) => {
             let kind: String = other.chars().take(40).collect();
             Err(ApiError::Unsupported { param: format!("{name} of type {kind:?}") })
@@ -214,12 +239,17 @@ impl Writer {
 
     fn choices(&self, mut whole: Whole) -> Vec<Value> {
         let answers = super::best(std::mem::take(&mut whole.answers), self.n);
-        answers.into_iter().enumerate().map(|(index, answer)| self.choice(index, &answer, &whole)).collect()
+        answers
+            .into_iter()
+            .enumerate()
+            .map(|(index, answer)| self.choice(index, &answer, &whole))
+            .collect()
     }
 
     fn choice(&self, index: usize, answer: &Answer, whole: &Whole) -> Value {
         let content = format!("{}{}", self.echoed, answer.text);
-        let logprobs = self.wants_logprobs.then(|| shape::chat_logprobs(&self.text, &answer.logprobs));
+        let logprobs =
+            self.wants_logprobs.then(|| shape::chat_logprobs(&self.text, &answer.logprobs));
         let mut choice = json!({
             "index": index, "message": {"role": "assistant", "content": content, "refusal": null}, "logprobs": logprobs,
         });
@@ -243,17 +273,24 @@ impl Writer {
 
 impl Chunks for Writer {
     fn opening(&mut self) -> Vec<Value> {
-        (0..self.n).map(|index| self.chunk(index, json!({"role": "assistant", "content": self.echoed}), None)).collect()
+        (0..self.n)
+            .map(|index| {
+                self.chunk(index, json!({"role": "assistant", "content": self.echoed}), None)
+            })
+            .collect()
     }
 
     fn of(&mut self, _prompt: usize, update: Update) -> Vec<Value> {
         let Update::Delta(delta) = update else { return Vec::new() };
-        let says_nothing = delta.text.is_empty() && delta.logprobs.is_empty() && delta.finish.is_none();
+        let says_nothing =
+            delta.text.is_empty() && delta.logprobs.is_empty() && delta.finish.is_none();
         if says_nothing && self.token_ids == TokenIds::Left {
             return Vec::new();
         }
-        let logprobs = (!delta.logprobs.is_empty()).then(|| shape::chat_logprobs(&self.text, &delta.logprobs));
-        let content = if delta.text.is_empty() { json!({}) } else { json!({"content": delta.text}) };
+        let logprobs =
+            (!delta.logprobs.is_empty()).then(|| shape::chat_logprobs(&self.text, &delta.logprobs));
+        let content =
+            if delta.text.is_empty() { json!({}) } else { json!({"content": delta.text}) };
         let mut chunk = self.chunk(delta.choice as usize, content, logprobs);
         shape::put_finish(&mut chunk["choices"][0], delta.finish.as_ref());
         if self.token_ids == TokenIds::Returned {

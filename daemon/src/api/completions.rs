@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::Extension;
 use serde_json::{Value, json};
 
 use super::ask;
@@ -83,7 +83,7 @@ pub(crate) async fn complete(
         text: Arc::clone(&loaded.text),
         prompts: ask.prompts,
         echo: ask.echo,
-        logprobs: generation.params.logprobs,
+        logprobs: generation.logprobs,
         wants_prompt_logprobs: generation.prompt_logprobs.is_some(),
         special: generation.special,
         token_ids: generation.token_ids,
@@ -96,24 +96,34 @@ pub(crate) async fn complete(
             Ok(stream::respond(gathers, Streamed { writer, offsets }, plan))
         }
         Delivery::Whole => {
-            let whole = futures_util::future::try_join_all(gathers.into_iter().map(super::gather::Gather::whole));
+            let whole = futures_util::future::try_join_all(
+                gathers.into_iter().map(super::gather::Gather::whole),
+            );
             let whole = super::within(state.limits.request_timeout, whole).await?;
             Ok(Json(writer.whole(whole, &generation)).into_response())
         }
     }
 }
 
-async fn read(state: &ApiState, loaded: &Loaded, key: &ShownKey, body: &[u8]) -> Result<Ask, ApiError> {
+async fn read(
+    state: &ApiState,
+    loaded: &Loaded,
+    key: &ShownKey,
+    body: &[u8],
+) -> Result<Ask, ApiError> {
     let mut fields = Fields::parse(body)?;
     let logprobs = fields.count("logprobs", 0..=state.limits.top_logprobs)?;
     let max_tokens = fields.count("max_tokens", 0..=u32::MAX)?;
     let echo = match (fields.bool("echo", false)?, max_tokens) {
         (true, Some(0)) => Echo::PromptOnly,
         (true, _) => Echo::Prompt,
-        (false, Some(0)) => return Err(ApiError::invalid("max_tokens", "wanted at least 1 without echo, got 0")),
+        (false, Some(0)) => {
+            return Err(ApiError::invalid("max_tokens", "wanted at least 1 without echo, got 0"));
+        }
         (false, _) => Echo::Off,
     };
-    let special = if fields.bool("add_special_tokens", true)? { AddSpecial::Yes } else { AddSpecial::No };
+    let special =
+        if fields.bool("add_special_tokens", true)? { AddSpecial::Yes } else { AddSpecial::No };
     let reading = Reading { state, loaded, key: key.0.as_deref() };
     let prompt = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
     let mut generation = Generation::read(&mut fields, reading, logprobs)?;
@@ -144,7 +154,10 @@ async fn read_prompts(
     };
     let most = state.limits.prompts;
     if items.is_empty() || items.len() > most {
-        return Err(ApiError::invalid("prompt", format!("wanted 1 to {most} prompts, got {}", items.len())));
+        return Err(ApiError::invalid(
+            "prompt",
+            format!("wanted 1 to {most} prompts, got {}", items.len()),
+        ));
     }
     let mut prompts = Vec::with_capacity(items.len());
     for item in items {
@@ -175,9 +188,12 @@ impl Writer {
             }
             used = used.plus(whole.used);
             let answers = super::best(std::mem::take(&mut whole.answers), self.n);
-            choices.extend(answers.into_iter().enumerate().map(|(at, answer)| {
-                self.choice(prompt, at, answer, &whole)
-            }));
+            choices.extend(
+                answers
+                    .into_iter()
+                    .enumerate()
+                    .map(|(at, answer)| self.choice(prompt, at, answer, &whole)),
+            );
         }
         let mut body = self.envelope(choices);
         body["usage"] = shape::usage(used, generation.preemptions);
@@ -240,7 +256,11 @@ impl Streamed {
     }
 
     /// The prompt's own log-probabilities, for every choice.
-    fn prompt_chunks(&mut self, prompt: usize, logprobs: &[crate::request::TokenLogprobs]) -> Vec<Value> {
+    fn prompt_chunks(
+        &mut self,
+        prompt: usize,
+        logprobs: &[crate::request::TokenLogprobs],
+    ) -> Vec<Value> {
         if self.writer.echo == Echo::Off || self.writer.logprobs.is_none() {
             return Vec::new();
         }
@@ -255,7 +275,10 @@ impl Streamed {
             (index, written.into_json())
         };
         let written: Vec<_> = indices.map(chunk).collect();
-        written.into_iter().map(|(index, json)| self.chunk(index, String::new(), Some(json))).collect()
+        written
+            .into_iter()
+            .map(|(index, json)| self.chunk(index, String::new(), Some(json)))
+            .collect()
     }
 }
 
@@ -264,8 +287,12 @@ impl Chunks for Streamed {
         if self.writer.echo == Echo::Off {
             return Vec::new();
         }
-        let shown = |prompt: usize| self.writer.text.decode(&self.writer.prompts[prompt], self.writer.special);
-        (0..self.offsets.len()).map(|index| self.chunk(index, shown(index / self.writer.n), None)).collect()
+        let shown = |prompt: usize| {
+            self.writer.text.decode(&self.writer.prompts[prompt], self.writer.special)
+        };
+        (0..self.offsets.len())
+            .map(|index| self.chunk(index, shown(index / self.writer.n), None))
+            .collect()
     }
 
     fn of(&mut self, prompt: usize, update: Update) -> Vec<Value> {
@@ -275,12 +302,16 @@ impl Chunks for Streamed {
             Update::Delta(delta) => delta,
         };
         let only_prompt = self.writer.echo == Echo::PromptOnly;
-        let says_nothing = delta.text.is_empty() && delta.logprobs.is_empty() && delta.finish.is_none();
-        if (only_prompt && delta.finish.is_none()) || (says_nothing && self.writer.token_ids == TokenIds::Left) {
+        let says_nothing =
+            delta.text.is_empty() && delta.logprobs.is_empty() && delta.finish.is_none();
+        if (only_prompt && delta.finish.is_none())
+            || (says_nothing && self.writer.token_ids == TokenIds::Left)
+        {
             return Vec::new();
         }
         let index = prompt * self.writer.n + delta.choice as usize;
-        let (text, logprobs) = if only_prompt { (String::new(), Vec::new()) } else { (delta.text, delta.logprobs) };
+        let (text, logprobs) =
+            if only_prompt { (String::new(), Vec::new()) } else { (delta.text, delta.logprobs) };
         let written = (!logprobs.is_empty()).then(|| {
             let mut written = CompletionLogprobs::default();
             let offset = &mut self.offsets[index];

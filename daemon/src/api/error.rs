@@ -108,7 +108,9 @@ impl ApiError {
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Overloaded { retry_after, .. } | Self::Draining { retry_after } => Some(*retry_after),
+            Self::Overloaded { retry_after, .. } | Self::Draining { retry_after } => {
+                Some(*retry_after)
+            }
             Self::Loading => Some(LOADING_RETRY),
             _ => None,
         }

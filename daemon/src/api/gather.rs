@@ -116,7 +116,7 @@ impl Gather {
             min_tokens: generation.params.min_tokens,
             include_stop: generation.include_stop,
             special: generation.special,
-            wants_logprobs: generation.params.logprobs.is_some(),
+            wants_logprobs: generation.logprobs.is_some(),
             used: Used { prompt_tokens: request.prompt.len(), ..Used::default() },
             arrived: Instant::now(),
             metrics: Arc::clone(metrics),
@@ -144,7 +144,12 @@ impl Gather {
                 None
             }
             Event::Preempted { choice, recomputed_tokens } => {
-                tracing::info!(request = self.submitted.id().0, choice, recomputed_tokens, "preempted");
+                tracing::info!(
+                    request = self.submitted.id().0,
+                    choice,
+                    recomputed_tokens,
+                    "preempted"
+                );
                 self.used.preemptions += 1;
                 self.used.recomputed_tokens += recomputed_tokens as usize;
                 None
@@ -155,12 +160,15 @@ impl Gather {
                 self.choices.iter_mut().for_each(|own| own.ended = true);
                 Some(Update::Beams(self.beams(beams)))
             }
-            Event::Token { choice, token, logprob, logprobs } => {
+            Event::Token { choice, token, logprobs } => {
+                let logprob = logprobs.as_ref().map_or(0.0, |logprobs| logprobs.token.logprob);
                 let delta = self.token(choice, token, logprob)?;
                 let logprobs = logprobs.filter(|_| self.wants_logprobs).map(|boxed| *boxed);
                 Some(Update::Delta(Delta { logprobs: logprobs.into_iter().collect(), ..delta }))
             }
-            Event::Finished { choice, reason, stop_token } => self.finished(choice, reason, stop_token),
+            Event::Finished { choice, reason, stop_token } => {
+                self.finished(choice, reason, stop_token)
+            }
         }
     }
 
@@ -174,7 +182,8 @@ impl Gather {
             None => self.metrics.first_token(self.arrived.elapsed()),
             Some(before) => self.metrics.inter_token(before.elapsed()),
         }
-        let ends = own.n_tokens >= self.min_tokens && self.stop_tokens.binary_search(&token).is_ok();
+        let ends =
+            own.n_tokens >= self.min_tokens && self.stop_tokens.binary_search(&token).is_ok();
         let silent = ends && self.include_stop == IncludeStop::No;
         let piece = if silent { String::new() } else { own.detokenizer.push(token) };
         let (text, finish) = match own.stops.push(&piece) {
@@ -182,13 +191,21 @@ impl Gather {
             Held::Stopped { text, stop } => {
                 own.ended = true;
                 self.submitted.finish(choice, own.n_tokens);
-                (text, Some(Finish { reason: FinishReason::Stop, cause: Some(StopCause::Text(stop)) }))
+                (
+                    text,
+                    Some(Finish { reason: FinishReason::Stop, cause: Some(StopCause::Text(stop)) }),
+                )
             }
         };
         Some(Delta { choice, text, tokens: vec![token], logprobs: Vec::new(), finish })
     }
 
-    fn finished(&mut self, choice: u32, reason: FinishReason, stop_token: Option<TokenId>) -> Option<Update> {
+    fn finished(
+        &mut self,
+        choice: u32,
+        reason: FinishReason,
+        stop_token: Option<TokenId>,
+    ) -> Option<Update> {
         let own = self.choices.get_mut(choice as usize).filter(|own| !own.ended)?;
         own.ended = true;
         let rest = own.detokenizer.finish();
@@ -201,7 +218,13 @@ impl Gather {
         let reason = if cause.is_some() { FinishReason::Stop } else { reason };
         let cause = cause.or(stop_token.map(StopCause::Token));
         let finish = Some(Finish { reason, cause });
-        Some(Update::Delta(Delta { choice, text, tokens: Vec::new(), logprobs: Vec::new(), finish }))
+        Some(Update::Delta(Delta {
+            choice,
+            text,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            finish,
+        }))
     }
 
     fn beams(&mut self, beams: Vec<Beam>) -> Vec<Answer> {
@@ -210,7 +233,10 @@ impl Gather {
                 (Some(_), IncludeStop::No) => &beam.tokens[..beam.tokens.len().saturating_sub(1)],
                 (Some(_), IncludeStop::Yes) | (None, _) => &beam.tokens[..],
             };
-            let cause = beam.stop_token.filter(|token| !self.text.end_tokens().contains(token)).map(StopCause::Token);
+            let cause = beam
+                .stop_token
+                .filter(|token| !self.text.end_tokens().contains(token))
+                .map(StopCause::Token);
             Answer {
                 text: self.text.decode(shown, self.special),
                 logprobs: Vec::new(),

@@ -14,10 +14,31 @@ use crate::sampling::Params;
 
 /// Known fields that ask for something that is not done here, and are refused rather than ignored.
 const UNSUPPORTED: [&str; 26] = [
-    "tools", "functions", "function_call", "suffix", "audio", "prediction", "web_search_options", "reasoning_effort",
-    "chat_template", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
-    "structured_outputs", "mm_processor_kwargs", "documents", "logits_processors", "allowed_token_ids", "bad_words",
-    "truncate_prompt_tokens", "kv_transfer_params", "vllm_xargs", "prompt_embeds", "thinking_token_budget",
+    "tools",
+    "functions",
+    "function_call",
+    "suffix",
+    "audio",
+    "prediction",
+    "web_search_options",
+    "reasoning_effort",
+    "chat_template",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "structured_outputs",
+    "mm_processor_kwargs",
+    "documents",
+    "logits_processors",
+    "allowed_token_ids",
+    "bad_words",
+    "truncate_prompt_tokens",
+    "kv_transfer_params",
+    "vllm_xargs",
+    "prompt_embeds",
+    "thinking_token_budget",
     "parallel_tool_calls",
 ];
 
@@ -57,12 +78,24 @@ pub(crate) enum Choices {
     Beams(BeamParams),
 }
 
+impl Choices {
+    /// What choosing the best answers needs at each position.
+    fn by_logprob(self) -> Option<u32> {
+        match self {
+            Self::Sampled { returned, computed } if computed > returned => Some(0),
+            Self::Sampled { .. } | Self::Beams(_) => None,
+        }
+    }
+}
+
 /// Everything but the prompt.
 #[derive(Debug, Clone)]
 pub(crate) struct Generation {
     pub(crate) model: String,
     pub(crate) choices: Choices,
     pub(crate) params: Params,
+    /// How many of the most likely tokens the client is told at each position. More may be computed, to choose by.
+    pub(crate) logprobs: Option<u32>,
     /// Absent: the endpoint's default.
     pub(crate) max_tokens: Option<u32>,
     pub(crate) stop: Vec<String>,
@@ -86,7 +119,11 @@ pub(crate) struct Reading<'a> {
 
 impl Generation {
     /// Reads what both endpoints share. `logprobs`: how many of the most likely tokens are told, read by the endpoint.
-    pub(crate) fn read(fields: &mut Fields, reading: Reading<'_>, logprobs: Option<u32>) -> Result<Self, ApiError> {
+    pub(crate) fn read(
+        fields: &mut Fields,
+        reading: Reading<'_>,
+        logprobs: Option<u32>,
+    ) -> Result<Self, ApiError> {
         let limits = &reading.state.limits;
         refuse_unsupported(fields)?;
         let model = reading.state.served(fields.string("model", 4096)?)?;
@@ -94,7 +131,10 @@ impl Generation {
         let choices = read_choices(fields, limits, delivery)?;
         let stop = fields.strings("stop", limits.stop_strings, limits.stop_string_bytes)?;
         if matches!(choices, Choices::Beams(_)) && !stop.is_empty() {
-            return Err(ApiError::invalid("stop", "stop strings are not supported with use_beam_search"));
+            return Err(ApiError::invalid(
+                "stop",
+                "stop strings are not supported with use_beam_search",
+            ));
         }
         let salt = fields.string("cache_salt", 1024)?;
         let include = fields.bool("include_stop_str_in_output", false)?;
@@ -104,21 +144,28 @@ impl Generation {
         Ok(Self {
             model,
             choices,
-            params: read_params(fields, reading, logprobs)?,
+            params: read_params(fields, reading, logprobs.or_else(|| choices.by_logprob()))?,
+            logprobs,
             max_tokens: None,
             stop,
             include_stop: if include { IncludeStop::Yes } else { IncludeStop::No },
             special: if skip_special { SpecialTokens::Skip } else { SpecialTokens::Keep },
             prompt_logprobs: fields.count("prompt_logprobs", 0..=limits.top_logprobs)?,
-            priority: i32::try_from(fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0))
-                .unwrap_or(0),
+            priority: i32::try_from(
+                fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0),
+            )
+            .unwrap_or(0),
             salt: reading.state.salt(salt.as_deref(), reading.key),
             delivery,
             preemptions: match fields.bool("include_preemptions", false)? {
                 true => PreemptionDetails::Told,
                 false => PreemptionDetails::Untold,
             },
-            token_ids: if fields.bool("return_token_ids", false)? { TokenIds::Returned } else { TokenIds::Left },
+            token_ids: if fields.bool("return_token_ids", false)? {
+                TokenIds::Returned
+            } else {
+                TokenIds::Left
+            },
         })
     }
 
@@ -143,19 +190,28 @@ impl Generation {
     ) -> Result<Request, ApiError> {
         let limit = loaded.handle.capacity().max_model_len as usize;
         let room = limit.saturating_sub(prompt.len());
-        let wanted = self.max_tokens.or(default_max_tokens).map_or(room.max(1), |tokens| tokens.max(1) as usize);
+        let wanted = self
+            .max_tokens
+            .or(default_max_tokens)
+            .map_or(room.max(1), |tokens| tokens.max(1) as usize);
         let context = || ApiError::ContextLength { prompt: prompt.len(), output: wanted, limit };
         if wanted > room {
             return Err(context());
         }
-        let max_tokens = u32::try_from(wanted).ok().and_then(NonZeroU32::new).ok_or_else(context)?;
+        let max_tokens =
+            u32::try_from(wanted).ok().and_then(NonZeroU32::new).ok_or_else(context)?;
         if self.params.min_tokens > max_tokens.get() {
-            return Err(ApiError::invalid("min_tokens", format!("wanted at most max_tokens ({max_tokens})")));
+            return Err(ApiError::invalid(
+                "min_tokens",
+                format!("wanted at most max_tokens ({max_tokens})"),
+            ));
         }
         let params = Params { prompt_index, ..self.params.clone() };
         let stop_tokens = Arc::clone(&params.stop_tokens);
         let decoding = match self.choices {
-            Choices::Sampled { computed, .. } => Decoding::Sample { params: Arc::new(params), choices: computed },
+            Choices::Sampled { computed, .. } => {
+                Decoding::Sample { params: Arc::new(params), choices: computed }
+            }
             Choices::Beams(beams) => Decoding::Beam(beams),
         };
         Ok(Request {
@@ -178,12 +234,24 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
         Value::Bool(on) => !on,
         _ => false,
     };
-    UNSUPPORTED.iter().try_for_each(|name| fields.refuse(name, |value| is_empty(value) || *name == "parallel_tool_calls"))?;
+    UNSUPPORTED.iter().try_for_each(|name| {
+        fields.refuse(name, |value| is_empty(value) || *name == "parallel_tool_calls")
+    })?;
     fields.refuse("tool_choice", |value| matches!(value.as_str(), Some("none" | "auto")))?;
-    fields.refuse("response_format", |value| value.get("type").and_then(Value::as_str) == Some("text"))?;
+    fields.refuse("response_format", |value| {
+        value.get("type").and_then(Value::as_str) == Some("text")
+    })?;
     fields.refuse("modalities", |value| *value == serde_json::json!(["text"]))?;
     // Known to OpenAI's API and without a meaning for an answer's content.
-    for name in ["user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"] {
+    for name in [
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "request_id",
+    ] {
         fields.take(name);
     }
     Ok(())
@@ -211,23 +279,39 @@ fn read_delivery(fields: &mut Fields) -> Result<Delivery, ApiError> {
     Ok(Delivery::Stream { usage })
 }
 
-fn read_choices(fields: &mut Fields, limits: &ApiLimits, delivery: Delivery) -> Result<Choices, ApiError> {
-    let n = fields.count("n", 1..=limits.choices)?.and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN);
-    let best_of = fields.count("best_of", 1..=limits.choices)?.and_then(NonZeroU32::new).unwrap_or(n);
+fn read_choices(
+    fields: &mut Fields,
+    limits: &ApiLimits,
+    delivery: Delivery,
+) -> Result<Choices, ApiError> {
+    let n =
+        fields.count("n", 1..=limits.choices)?.and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN);
+    let best_of =
+        fields.count("best_of", 1..=limits.choices)?.and_then(NonZeroU32::new).unwrap_or(n);
     let beam = fields.bool("use_beam_search", false)?;
     let length_penalty = fields.number("length_penalty", -10.0..=10.0)?.unwrap_or(1.0);
     let early_stopping = read_early_stopping(fields)?;
     let whole_only = |param: &str| match delivery {
-        Delivery::Stream { .. } => Err(ApiError::invalid(param, "an answer that is chosen at the end cannot be streamed")),
+        Delivery::Stream { .. } => {
+            Err(ApiError::invalid(param, "an answer that is chosen at the end cannot be streamed"))
+        }
         Delivery::Whole => Ok(()),
     };
     if beam {
         whole_only("use_beam_search")?;
         let width = n.max(best_of);
-        return Ok(Choices::Beams(BeamParams { width, length_penalty, early_stopping, ignore_eos: false }));
+        return Ok(Choices::Beams(BeamParams {
+            width,
+            length_penalty,
+            early_stopping,
+            ignore_eos: false,
+        }));
     }
     if best_of < n {
-        return Err(ApiError::invalid("best_of", format!("wanted at least n ({n}), got {best_of}")));
+        return Err(ApiError::invalid(
+            "best_of",
+            format!("wanted at least n ({n}), got {best_of}"),
+        ));
     }
     if best_of > n {
         whole_only("best_of")?;
@@ -244,7 +328,11 @@ fn read_early_stopping(fields: &mut Fields) -> Result<EarlyStopping, ApiError> {
     }
 }
 
-fn read_params(fields: &mut Fields, reading: Reading<'_>, logprobs: Option<u32>) -> Result<Params, ApiError> {
+fn read_params(
+    fields: &mut Fields,
+    reading: Reading<'_>,
+    logprobs: Option<u32>,
+) -> Result<Params, ApiError> {
     let defaults = reading.loaded.text.sampling_defaults();
     let temperature = fields.number("temperature", 0.0..=2.0)?;
     let stop_tokens = read_stop_tokens(fields, reading)?;
@@ -252,7 +340,10 @@ fn read_params(fields: &mut Fields, reading: Reading<'_>, logprobs: Option<u32>)
     let default_top_k = defaults.top_k.map(i64::from);
     Ok(Params {
         temperature: temperature.or(defaults.temperature).unwrap_or(1.0),
-        top_k: top_k.or(default_top_k).and_then(|k| u32::try_from(k).ok()).and_then(NonZeroU32::new),
+        top_k: top_k
+            .or(default_top_k)
+            .and_then(|k| u32::try_from(k).ok())
+            .and_then(NonZeroU32::new),
         top_p: fields.number("top_p", f32::MIN_POSITIVE..=1.0)?.or(defaults.top_p).unwrap_or(1.0),
         min_p: fields.number("min_p", 0.0..=1.0)?.or(defaults.min_p).unwrap_or(0.0),
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
@@ -282,11 +373,17 @@ fn read_stop_tokens(fields: &mut Fields, reading: Reading<'_>) -> Result<Arc<[To
     Ok(tokens.into())
 }
 
-fn read_logit_bias(fields: &mut Fields, reading: Reading<'_>) -> Result<Vec<(TokenId, f32)>, ApiError> {
+fn read_logit_bias(
+    fields: &mut Fields,
+    reading: Reading<'_>,
+) -> Result<Vec<(TokenId, f32)>, ApiError> {
     let Some(map) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
     let (vocab, most) = (reading.loaded.text.vocab_size(), reading.state.limits.logit_biases);
     if map.len() > most {
-        return Err(ApiError::invalid("logit_bias", format!("wanted at most {most} tokens, got {}", map.len())));
+        return Err(ApiError::invalid(
+            "logit_bias",
+            format!("wanted at most {most} tokens, got {}", map.len()),
+        ));
     }
     let mut biases = Vec::with_capacity(map.len());
     for (name, value) in map {

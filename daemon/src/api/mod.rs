@@ -77,7 +77,10 @@ async fn shape_refusal(State(state): State<Arc<ApiState>>, response: Response) -
 async fn count(State(state): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let method = request.method().clone();
-    let path = request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
+    let path = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or("none".to_owned(), |path| path.as_str().to_owned());
     let response = next.run(request).await;
     state.metrics.http(method.as_str(), response.status().as_u16(), &path, started.elapsed());
     response
@@ -89,7 +92,10 @@ fn now() -> u64 {
 }
 
 /// The result of `work`, unless it takes longer than `limit`: then it is dropped, which cancels its requests.
-async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+async fn within<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
     tokio::time::timeout(limit, work).await.unwrap_or(Err(ApiError::Timeout { limit }))
 }
 

@@ -95,7 +95,10 @@ async fn closing(phase: &mut watch::Receiver<Phase>) {
 
 type Place = tokio::sync::OwnedSemaphorePermit;
 
-async fn accept(listener: &Listener, places: &Arc<Semaphore>) -> io::Result<(Box<dyn Connection>, Place)> {
+async fn accept(
+    listener: &Listener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(Box<dyn Connection>, Place)> {
     let place = Arc::clone(places).acquire_owned().await.map_err(io::Error::other)?;
     let stream: Box<dyn Connection> = match listener {
         Listener::Tcp(listener) => {
@@ -110,7 +113,12 @@ async fn accept(listener: &Listener, places: &Arc<Semaphore>) -> io::Result<(Box
 }
 
 /// Speaks HTTP on one connection until it ends.
-async fn converse(stream: Stalling, app: Router, options: ServerOptions, mut phase: watch::Receiver<Phase>) {
+async fn converse(
+    stream: Stalling,
+    app: Router,
+    options: ServerOptions,
+    mut phase: watch::Receiver<Phase>,
+) {
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
@@ -156,18 +164,27 @@ impl Stalling {
     }
 
     /// A write that waits goes on waiting until the deadline; one that is done ends it.
-    fn bounded<T>(&mut self, context: &mut Context<'_>, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn bounded<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        result: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
         if result.is_ready() {
             self.deadline = None;
             return result;
         }
         let limit = self.limit;
-        let deadline = self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
+        let deadline = self
+            .deadline
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
         match deadline.as_mut().poll(context) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(()) => {
                 self.metrics.client_stalled();
-                tracing::info!(seconds = limit.as_secs(), "a client accepted no byte and is cut off");
+                tracing::info!(
+                    seconds = limit.as_secs(),
+                    "a client accepted no byte and is cut off"
+                );
                 Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
             }
         }
@@ -175,13 +192,21 @@ impl Stalling {
 }
 
 impl AsyncRead for Stalling {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
 impl AsyncWrite for Stalling {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.bounded(context, result)
     }
@@ -244,20 +269,30 @@ mod tests {
         let (tell, dropped) = mpsc::unbounded_channel();
         let flood = move || {
             let tells = Tells(tell.clone());
-            let chunks = stream::unfold(tells, |tells| async { Some((Ok::<_, io::Error>(vec![b'x'; 1 << 16]), tells)) });
+            let chunks = stream::unfold(tells, |tells| async {
+                Some((Ok::<_, io::Error>(vec![b'x'; 1 << 16]), tells))
+            });
             async { Body::from_stream(chunks) }
         };
-        let app = Router::new().route("/hello", get(|| async { "hello" })).route("/flood", get(flood));
+        let app =
+            Router::new().route("/hello", get(|| async { "hello" })).route("/flood", get(flood));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (phase, watched) = watch::channel(Phase::Serving);
         let metrics = Arc::new(Metrics::new("tiny").unwrap());
-        let task = tokio::spawn(serve(Listener::Tcp(listener), app, options, watched, Arc::clone(&metrics)));
+        let task = tokio::spawn(serve(
+            Listener::Tcp(listener),
+            app,
+            options,
+            watched,
+            Arc::clone(&metrics),
+        ));
         Server { address, phase, metrics, task, dropped }
     }
 
     fn options() -> ServerOptions {
-        let (write_timeout, header_timeout) = (Duration::from_millis(200), Duration::from_millis(200));
+        let (write_timeout, header_timeout) =
+            (Duration::from_millis(200), Duration::from_millis(200));
         ServerOptions { write_timeout, header_timeout, max_connections: 100 }
     }
 
@@ -306,7 +341,12 @@ mod tests {
 
     #[tokio::test]
     async fn connections_over_the_limit_wait_for_a_place() {
-        let server = start(ServerOptions { max_connections: 1, header_timeout: Duration::from_secs(60), ..options() }).await;
+        let server = start(ServerOptions {
+            max_connections: 1,
+            header_timeout: Duration::from_secs(60),
+            ..options()
+        })
+        .await;
         let first = TcpStream::connect(server.address).await.unwrap();
         let second = tokio::spawn(ask(server.address, "/hello"));
         tokio::task::yield_now().await;

@@ -19,7 +19,8 @@ pub(crate) fn usage(used: Used, preemptions: PreemptionDetails) -> Value {
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
     });
     if preemptions == PreemptionDetails::Told {
-        usage["preemptions"] = json!({"count": used.preemptions, "recomputed_tokens": used.recomputed_tokens});
+        usage["preemptions"] =
+            json!({"count": used.preemptions, "recomputed_tokens": used.recomputed_tokens});
     }
     usage
 }
@@ -103,10 +104,15 @@ impl CompletionLogprobs {
 /// vLLM's `prompt_logprobs`: one object a token by id, `null` for the first token.
 pub(crate) fn prompt_logprobs(text: &Text, logprobs: &[TokenLogprobs]) -> Value {
     let entry = |one: &TokenLogprob| {
-        let value =
-            json!({"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": text.token_text(one.token)});
+        let value = json!({"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": text.token_text(one.token)});
         (one.token.0.to_string(), value)
     };
-    let of_token = |one: &TokenLogprobs| -> Value { [entry(&one.token)].into_iter().chain(one.top.iter().map(entry)).collect::<Map<_, _>>().into() };
+    let of_token = |one: &TokenLogprobs| -> Value {
+        [entry(&one.token)]
+            .into_iter()
+            .chain(one.top.iter().map(entry))
+            .collect::<Map<_, _>>()
+            .into()
+    };
     [Value::Null].into_iter().chain(logprobs.iter().map(of_token)).collect()
 }

@@ -83,7 +83,8 @@ impl ApiState {
         scope: CacheScope,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let created =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (keys, loaded) = (RwLock::new(keys), OnceLock::new());
         Self { served_model_names, limits, scope, metrics, created, keys, loaded }
     }
@@ -112,7 +113,8 @@ impl ApiState {
         use subtle::ConstantTimeEq;
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
         let shown = shown.unwrap_or_default().as_bytes();
-        keys.is_empty() || keys.iter().fold(false, |found, key| found | bool::from(key.as_bytes().ct_eq(shown)))
+        keys.is_empty()
+            || keys.iter().fold(false, |found, key| found | bool::from(key.as_bytes().ct_eq(shown)))
     }
 
     /// What separates the caches of clients: their own salt, else their key, by the scope.

@@ -44,9 +44,14 @@ struct Streaming<C> {
 }
 
 /// Answers with a stream that ends with `[DONE]`, or with an error object when the engine is gone.
-pub(crate) fn respond<C: Chunks>(gathers: Vec<Gather>, mut chunks: C, usage: UsagePlan) -> Response {
+pub(crate) fn respond<C: Chunks>(
+    gathers: Vec<Gather>,
+    mut chunks: C,
+    usage: UsagePlan,
+) -> Response {
     let used = gathers.iter().map(|gather| gather.used).collect();
-    let updates = gathers.into_iter().enumerate().map(|(index, gather)| follow(index, gather).boxed());
+    let updates =
+        gathers.into_iter().enumerate().map(|(index, gather)| follow(index, gather).boxed());
     let ready = chunks.opening().iter().map(event).collect();
     let updates = stream::select_all(updates);
     let streaming = Streaming { updates, chunks, usage, used, ready, ended: false };

@@ -149,7 +149,7 @@ impl Backend for FakeBackend {
                     let row = self.rows.get_mut(&draw.row).unwrap();
                     let token = next_token(&context, row.choice);
                     row.last = Some(token);
-                    Drawn::Token { token, logprob: -1.0, logprobs: None }
+                    Drawn::Token { token, logprobs: None }
                 }
             });
         }

@@ -179,7 +179,7 @@ pub(super) struct Serve {
     #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "N", default_value = "256", help_heading = "Scheduler")]
     pub(super) max_num_seqs: NonZeroU32,
     /// Most tokens in one step; longer prompts are computed in chunks
-    #[arg(long, value_name = "TOKENS", default_value = "2048", help_heading = "Scheduler")]
+    #[arg(long, value_name = "TOKENS", default_value = "256", help_heading = "Scheduler")]
     pub(super) max_num_batched_tokens: Count,
 
     /// Tokens per KV block, from 1 to --max-model-len

@@ -189,8 +189,8 @@ fn event_of(effect: Effect) -> (RequestId, Event) {
         Effect::Preempted { id, choice, tokens } => {
             (id, Event::Preempted { choice, recomputed_tokens: count(tokens) })
         }
-        Effect::Token { id, choice, token, logprob, logprobs } => {
-            (id, Event::Token { choice, token, logprob, logprobs })
+        Effect::Token { id, choice, token, logprobs } => {
+            (id, Event::Token { choice, token, logprobs })
         }
         Effect::PromptLogprobs { id, logprobs } => (id, Event::PromptLogprobs(logprobs)),
         Effect::Beams { id, beams } => (id, Event::Beams(beams)),

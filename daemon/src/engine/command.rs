@@ -39,8 +39,7 @@ pub enum Event {
     Token {
         choice: u32,
         token: TokenId,
-        /// Natural logarithm of the token's probability in the raw distribution.
-        logprob: f32,
+        /// Present when the request's parameters ask for it.
         logprobs: Option<Box<TokenLogprobs>>,
     },
     /// The choice gave its memory back; `recomputed_tokens` will be computed again. No token is lost or repeated.

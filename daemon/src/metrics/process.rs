@@ -21,7 +21,10 @@ impl ProcessFigures {
             resident: Gauge::new("process_resident_memory_bytes", "Resident memory.")?,
             virtual_memory: Gauge::new("process_virtual_memory_bytes", "Mapped memory.")?,
             open_files: Gauge::new("process_open_fds", "Open file descriptors.")?,
-            started: Gauge::new("process_start_time_seconds", "When the process started, since 1970.")?,
+            started: Gauge::new(
+                "process_start_time_seconds",
+                "When the process started, since 1970.",
+            )?,
         };
         figures.started.set(start_time().unwrap_or(0.0));
         Ok(figures)
@@ -57,7 +60,8 @@ fn stat() -> Option<(f64, f64, f64)> {
 
 fn start_time() -> Option<f64> {
     let system = std::fs::read_to_string("/proc/stat").ok()?;
-    let booted: f64 = system.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    let booted: f64 =
+        system.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
     Some(booted + stat()?.0 / rustix::param::clock_ticks_per_second() as f64)
 }
 
@@ -70,6 +74,10 @@ impl Collector for ProcessFigures {
     fn collect(&self) -> Vec<MetricFamily> {
         self.read();
         let gauges = [&self.resident, &self.virtual_memory, &self.open_files, &self.started];
-        self.cpu.collect().into_iter().chain(gauges.into_iter().flat_map(Collector::collect)).collect()
+        self.cpu
+            .collect()
+            .into_iter()
+            .chain(gauges.into_iter().flat_map(Collector::collect))
+            .collect()
     }
 }

@@ -10,7 +10,13 @@ fn loaded() -> Metrics {
     let metrics = Metrics::new("tiny").unwrap();
     let cache_dtype = "float16".to_owned();
     let gpu_memory_utilization = "None".to_owned();
-    let config = CacheConfig { block_size: 16, num_gpu_blocks: 100, cache_dtype, gpu_memory_utilization, enable_prefix_caching: true };
+    let config = CacheConfig {
+        block_size: 16,
+        num_gpu_blocks: 100,
+        cache_dtype,
+        gpu_memory_utilization,
+        enable_prefix_caching: true,
+    };
     metrics.set_cache_config(&config);
     metrics.set_memory(MemoryUse { weights: 1, kv: 2, workspace: 3, other: 4 });
     metrics.load_stage("weights", Duration::from_millis(1500));
@@ -26,31 +32,66 @@ fn value(text: &str, series: &str) -> f64 {
 #[test]
 fn the_exported_names_and_types_are_the_golden_ones() {
     let text = loaded().render();
-    let mut families: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+    let mut families: Vec<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
     families.sort_unstable();
     let golden: Vec<&str> = GOLDEN.lines().collect();
-    assert_eq!(families, golden, "write the new list to metrics/golden.txt when the change is meant");
+    assert_eq!(
+        families, golden,
+        "write the new list to metrics/golden.txt when the change is meant"
+    );
 }
 
 #[test]
 fn a_step_is_counted_exactly() {
     let mut recorder = Recorder(Arc::new(loaded()));
-    let blocks = BlockStats { total: 100, used: 10, shared: 2, saved: 3, cached: 20, free: 70, filled_slots: 120, block_size: 16 };
+    let blocks = BlockStats {
+        total: 100,
+        used: 10,
+        shared: 2,
+        saved: 3,
+        cached: 20,
+        free: 70,
+        filled_slots: 120,
+        block_size: 16,
+    };
     let step = StepStats {
-        running: 4, waiting: 1, prefill_tokens: 30, decode_tokens: 3, blocks, preemptions: 2, recomputed_tokens: 17,
-        forked_blocks: 5, prefix_copied_slots: 8, discarded_tokens: 1, prefix_queries: 50, prefix_hits: 20, generated_tokens: 4,
+        running: 4,
+        waiting: 1,
+        prefill_tokens: 30,
+        decode_tokens: 3,
+        blocks,
+        preemptions: 2,
+        recomputed_tokens: 17,
+        forked_blocks: 5,
+        prefix_copied_slots: 8,
+        discarded_tokens: 1,
+        prefix_queries: 50,
+        prefix_hits: 20,
+        generated_tokens: 4,
         ..StepStats::default()
     };
     recorder.step(&step);
     let text = recorder.0.render();
-    let vllm = |name: &str| value(&text, &format!("vllm:{name}{{engine=\"0\",model_name=\"tiny\"}}"));
+    let vllm =
+        |name: &str| value(&text, &format!("vllm:{name}{{engine=\"0\",model_name=\"tiny\"}}"));
     assert_eq!((vllm("num_requests_running"), vllm("num_requests_waiting")), (4.0, 1.0));
-    assert_eq!((vllm("prompt_tokens_total"), vllm("prompt_tokens_cached_total"), vllm("generation_tokens_total")), (50.0, 20.0, 4.0));
+    assert_eq!(
+        (
+            vllm("prompt_tokens_total"),
+            vllm("prompt_tokens_cached_total"),
+            vllm("generation_tokens_total")
+        ),
+        (50.0, 20.0, 4.0)
+    );
     assert_eq!((vllm("num_preemptions_total"), vllm("kv_cache_usage_perc")), (2.0, 0.1));
     assert_eq!(value(&text, "bindery_token_slot_occupancy_ratio"), 0.75);
     assert_eq!(value(&text, "bindery_blocks{state=\"cached\"}"), 20.0);
     assert_eq!(value(&text, "bindery_recomputed_tokens_total{reason=\"memory\"}"), 17.0);
-    assert_eq!((value(&text, "bindery_forked_blocks_total"), value(&text, "bindery_blocks_saved")), (5.0, 3.0));
+    assert_eq!(
+        (value(&text, "bindery_forked_blocks_total"), value(&text, "bindery_blocks_saved")),
+        (5.0, 3.0)
+    );
     recorder.idle(&BlockStats { total: 100, free: 100, block_size: 16, ..BlockStats::default() });
     let text = recorder.0.render();
     assert_eq!(value(&text, "bindery_blocks{state=\"used\"}"), 0.0);
@@ -62,12 +103,25 @@ fn an_ended_choice_is_counted_by_its_reason_and_times() {
     let mut recorder = Recorder(Arc::new(loaded()));
     let at = Duration::from_millis;
     recorder.choice(&ChoiceStats {
-        reason: FinishReason::Stop, prompt_tokens: 30, cached_tokens: 16, output_tokens: 5, max_tokens: 9, choices: 1,
-        admitted: Some(at(100)), first_token: Some(at(600)), finished: at(1000),
+        reason: FinishReason::Stop,
+        prompt_tokens: 30,
+        cached_tokens: 16,
+        output_tokens: 5,
+        max_tokens: 9,
+        choices: 1,
+        admitted: Some(at(100)),
+        first_token: Some(at(600)),
+        finished: at(1000),
     });
     let text = recorder.0.render();
     let labels = "engine=\"0\",model_name=\"tiny\"";
-    assert_eq!(value(&text, &format!("vllm:request_success_total{{engine=\"0\",finished_reason=\"stop\",model_name=\"tiny\"}}")), 1.0);
+    assert_eq!(
+        value(
+            &text,
+            "vllm:request_success_total{engine=\"0\",finished_reason=\"stop\",model_name=\"tiny\"}"
+        ),
+        1.0
+    );
     let sum = |name: &str| value(&text, &format!("vllm:{name}_sum{{{labels}}}"));
     let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} is not {b}");
     close(sum("request_queue_time_seconds"), 0.1);
@@ -79,8 +133,11 @@ fn an_ended_choice_is_counted_by_its_reason_and_times() {
 
 #[test]
 fn promtool_finds_only_what_vllm_itself_has() {
-    let Some(promtool) = std::env::var_os("BINDERY_TEST_PROMTOOL").filter(|path| !path.is_empty()) else {
-        eprintln!("NOT RUN: promtool_finds_only_what_vllm_itself_has, BINDERY_TEST_PROMTOOL names no promtool");
+    let Some(promtool) = std::env::var_os("BINDERY_TEST_PROMTOOL").filter(|path| !path.is_empty())
+    else {
+        eprintln!(
+            "NOT RUN: promtool_finds_only_what_vllm_itself_has, BINDERY_TEST_PROMTOOL names no promtool"
+        );
         return;
     };
     let mut child = Command::new(promtool)
@@ -92,11 +149,16 @@ fn promtool_finds_only_what_vllm_itself_has() {
         .unwrap();
     child.stdin.take().unwrap().write_all(loaded().render().as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     let findings: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
     assert!(!findings.is_empty(), "vLLM's own names have findings");
     for finding in findings {
-        let known = finding.contains("should not contain ':'") || finding.contains("non-counter metrics should not have \"_total\" suffix");
+        let known = finding.contains("should not contain ':'")
+            || finding.contains("non-counter metrics should not have \"_total\" suffix");
         assert!(finding.starts_with("vllm:") && known, "a new finding: {finding}");
     }
 }

@@ -44,9 +44,21 @@ struct Finished {
 
 impl BeamSearch {
     /// A search that begins with the prompt as its one beam. `end_tokens` are sorted.
-    pub fn new(params: BeamParams, prompt_len: usize, max_tokens: NonZeroU32, end_tokens: Arc<[TokenId]>) -> Self {
+    pub fn new(
+        params: BeamParams,
+        prompt_len: usize,
+        max_tokens: NonZeroU32,
+        end_tokens: Arc<[TokenId]>,
+    ) -> Self {
         let (live, finished) = (vec![Live::default()], Vec::new());
-        Self { params, prompt_len, max_tokens: max_tokens.get() as usize, end_tokens, live, finished }
+        Self {
+            params,
+            prompt_len,
+            max_tokens: max_tokens.get() as usize,
+            end_tokens,
+            live,
+            finished,
+        }
     }
 
     /// Takes what can follow each live beam (best first, 2 x width of them) and returns the live beams of the next step,
@@ -54,7 +66,9 @@ impl BeamSearch {
     pub fn advance(&mut self, candidates: &[Vec<TokenLogprob>]) -> Vec<Continuation> {
         let mut all: Vec<(Continuation, f32)> = Vec::new();
         for (parent, (live, candidates)) in self.live.iter().zip(candidates).enumerate() {
-            let next = |one: &TokenLogprob| (Continuation { parent, token: one.token }, live.cumulative + one.logprob);
+            let next = |one: &TokenLogprob| {
+                (Continuation { parent, token: one.token }, live.cumulative + one.logprob)
+            };
             all.extend(candidates.iter().filter(|one| one.logprob > f32::NEG_INFINITY).map(next));
         }
         // Beams of one step have one length: their order is that of their sums.
@@ -63,13 +77,16 @@ impl BeamSearch {
         });
         let width = self.params.width.get() as usize;
         let mut next: Vec<(Continuation, Live)> = Vec::with_capacity(width);
-        // 2 x width candidates hold width that go on, if that many do at all: worse ones change nothing.
-        for (continuation, cumulative) in all.into_iter().take(2 * width) {
+        for (continuation, cumulative) in all {
+            let ends = self.ends(continuation.token);
+            if !ends && next.len() == width {
+                continue;
+            }
             let mut tokens = self.live[continuation.parent].tokens.clone();
             tokens.push(continuation.token);
-            if self.ends(continuation.token) {
+            if ends {
                 self.add_finished(tokens, cumulative, Some(continuation.token));
-            } else if next.len() < width {
+            } else {
                 next.push((continuation, Live { tokens, cumulative }));
             }
         }
@@ -95,7 +112,12 @@ impl BeamSearch {
         !self.params.ignore_eos && self.end_tokens.binary_search(&token).is_ok()
     }
 
-    fn add_finished(&mut self, tokens: Vec<TokenId>, cumulative_logprob: f32, stop_token: Option<TokenId>) {
+    fn add_finished(
+        &mut self,
+        tokens: Vec<TokenId>,
+        cumulative_logprob: f32,
+        stop_token: Option<TokenId>,
+    ) {
         let length = self.prompt_len + tokens.len() - usize::from(stop_token.is_some());
         let score = self.score(cumulative_logprob, length);
         let finish = if stop_token.is_some() { FinishReason::Stop } else { FinishReason::Length };
@@ -114,7 +136,9 @@ impl BeamSearch {
         if best.tokens.len() >= self.max_tokens {
             return true;
         }
-        let Some(worst) = self.finished.get(self.params.width.get() as usize - 1) else { return false };
+        let Some(worst) = self.finished.get(self.params.width.get() as usize - 1) else {
+            return false;
+        };
         let now = self.prompt_len + best.tokens.len();
         match self.params.early_stopping {
             EarlyStopping::Always => true,
@@ -140,7 +164,9 @@ mod tests {
 
     /// A made-up model: the log-probabilities after a sequence.
     fn model(seed: u64, tokens: &[TokenId]) -> Vec<f32> {
-        let mut state = tokens.iter().fold(seed | 1, |state, token| (state ^ u64::from(token.0 + 1)).wrapping_mul(0x5851_F42D_4C95_7F2D).rotate_left(23));
+        let mut state = tokens.iter().fold(seed | 1, |state, token| {
+            (state ^ u64::from(token.0 + 1)).wrapping_mul(0x5851_F42D_4C95_7F2D).rotate_left(23)
+        });
         let mut weight = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 40) as f32 / (1 << 24) as f32 + 0.01
@@ -151,7 +177,10 @@ mod tests {
     }
 
     fn top(logprobs: &[f32], count: usize) -> Vec<TokenLogprob> {
-        let mut all: Vec<_> = (0..).zip(logprobs).map(|(id, &logprob)| TokenLogprob { token: TokenId(id), logprob, rank: 0 }).collect();
+        let mut all: Vec<_> = (0..)
+            .zip(logprobs)
+            .map(|(id, &logprob)| TokenLogprob { token: TokenId(id), logprob, rank: 0 })
+            .collect();
         all.sort_by(|a, b| b.logprob.total_cmp(&a.logprob).then(a.token.cmp(&b.token)));
         all.truncate(count);
         all
@@ -162,8 +191,15 @@ mod tests {
         let mut search = BeamSearch::new(params, 3, max_tokens, Arc::new([END]));
         let mut live = vec![Vec::new()];
         while !live.is_empty() {
-            let found: Vec<_> = live.iter().map(|tokens| top(&model(seed, tokens), 2 * params.width.get() as usize)).collect();
-            live = search.advance(&found).iter().map(|next| [&live[next.parent][..], &[next.token]].concat()).collect();
+            let found: Vec<_> = live
+                .iter()
+                .map(|tokens| top(&model(seed, tokens), 2 * params.width.get() as usize))
+                .collect();
+            live = search
+                .advance(&found)
+                .iter()
+                .map(|next| [&live[next.parent][..], &[next.token]].concat())
+                .collect();
         }
         search.finish()
     }
@@ -178,32 +214,45 @@ mod tests {
             let mut extended = Vec::new();
             for (parent, (tokens, sum)) in hypotheses.iter().enumerate() {
                 for one in top(&model(seed, tokens), 2 * width) {
-                    extended.push((parent, [&tokens[..], &[one.token]].concat(), sum + one.logprob));
+                    extended.push((
+                        parent,
+                        [&tokens[..], &[one.token]].concat(),
+                        sum + one.logprob,
+                    ));
                 }
             }
-            extended.sort_by(|a, b| b.2.total_cmp(&a.2).then(a.0.cmp(&b.0)).then(a.1.last().cmp(&b.1.last())));
-            extended.truncate(2 * width);
+            extended.sort_by(|a, b| {
+                b.2.total_cmp(&a.2).then(a.0.cmp(&b.0)).then(a.1.last().cmp(&b.1.last()))
+            });
             let is_end = |tokens: &Vec<TokenId>| !params.ignore_eos && tokens.last() == Some(&END);
             for (_, tokens, sum) in extended.iter().filter(|(_, tokens, _)| is_end(tokens)) {
                 done.push((tokens.clone(), score(*sum, tokens.len() - 1), true));
             }
             done.sort_by(|a, b| b.1.total_cmp(&a.1));
             done.truncate(width);
-            hypotheses = extended.into_iter().filter(|(_, tokens, _)| !is_end(tokens)).map(|(_, tokens, sum)| (tokens, sum)).take(width).collect();
+            hypotheses = extended
+                .into_iter()
+                .filter(|(_, tokens, _)| !is_end(tokens))
+                .map(|(_, tokens, sum)| (tokens, sum))
+                .take(width)
+                .collect();
             let Some((_, best)) = hypotheses.first() else { break };
             let full = done.len() == width;
             let worst = done.last().map_or(f32::MIN, |last| last.1);
             let stop = match params.early_stopping {
                 EarlyStopping::Always => full,
                 EarlyStopping::Heuristic => full && worst >= score(*best, step),
-                EarlyStopping::Never if params.length_penalty > 0.0 => full && worst >= score(*best, max_tokens),
+                EarlyStopping::Never if params.length_penalty > 0.0 => {
+                    full && worst >= score(*best, max_tokens)
+                }
                 EarlyStopping::Never => full && worst >= score(*best, step),
             };
             if stop {
                 break;
             }
         }
-        for (tokens, sum) in hypotheses.into_iter().filter(|(tokens, _)| tokens.len() == max_tokens) {
+        for (tokens, sum) in hypotheses.into_iter().filter(|(tokens, _)| tokens.len() == max_tokens)
+        {
             let len = tokens.len();
             done.push((tokens, score(sum, len), false));
         }

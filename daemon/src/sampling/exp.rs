@@ -31,6 +31,9 @@ mod tests {
             let ratio = f64::from(exp(x)) / f64::from(x).exp();
             assert!((ratio - 1.0).abs() < 4e-7, "e^{x} is off by {ratio}");
         }
-        assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY), exp(f32::NAN)), (1.0, 0.0, 0.0, 0.0));
+        assert_eq!(
+            (exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY), exp(f32::NAN)),
+            (1.0, 0.0, 0.0, 0.0)
+        );
     }
 }

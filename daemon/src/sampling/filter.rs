@@ -15,9 +15,9 @@ const BLOCK: usize = 1024;
 /// Below this a temperature is greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
 
-/// Whether the most likely token is always drawn.
+/// Whether the most likely token is always drawn, the lowest id among equals.
 pub(super) fn is_greedy(params: &Params) -> bool {
-    params.temperature < GREEDY_BELOW
+    params.temperature < GREEDY_BELOW || params.top_k.is_some_and(|k| k.get() == 1)
 }
 
 /// The most likely token: the lowest id among equals, 0 when nothing is possible.
@@ -35,42 +35,63 @@ pub(super) fn draw(logits: &[f32], params: &Params, u: f32, kept: &mut Vec<f32>)
     }
     let by = 1.0 / params.temperature;
     let bar = threshold(logits, most, params, kept);
+    let weight = |logit: f32| exp((logit - most) * by);
     match bar {
-        None => draw_from(logits, u, |block| block_sum(block, most, by), |logit| exp((logit - most) * by)),
+        None => draw_from(logits, u, kept, |block| block_sum(block, most, by), weight),
         Some(bar) => {
-            let weight = |logit: f32| if logit >= bar { exp((logit - most) * by) } else { 0.0 };
-            draw_from(logits, u, |block| block.iter().map(|&logit| weight(logit)).sum(), weight)
+            let weight = |logit: f32| if logit >= bar { weight(logit) } else { 0.0 };
+            let sum = |block: &[f32]| block.iter().map(|&logit| weight(logit)).sum();
+            draw_from(logits, u, kept, sum, weight)
         }
     }
 }
 
-/// The first token whose running sum exceeds `u` of the total.
-fn draw_from(logits: &[f32], u: f32, sum: impl Fn(&[f32]) -> f32, weight: impl Fn(f32) -> f32) -> TokenId {
-    let total: f64 = logits.chunks(BLOCK).map(|block| f64::from(sum(block))).sum();
+/// The first token whose running sum exceeds `u` of the total. `sums` is scratch.
+fn draw_from(
+    logits: &[f32],
+    u: f32,
+    sums: &mut Vec<f32>,
+    sum: impl Fn(&[f32]) -> f32,
+    weight: impl Fn(f32) -> f32,
+) -> TokenId {
+    sums.clear();
+    sums.extend(logits.chunks(BLOCK).map(sum));
+    let total: f64 = sums.iter().copied().map(f64::from).sum();
     let target = f64::from(u) * total;
     let mut before = 0.0_f64;
+    let mut last = None;
+    for (index, (block, &sum)) in logits.chunks(BLOCK).zip(sums.iter()).enumerate() {
+        let reaches = before + f64::from(sum) > target;
+        if sum > 0.0 {
+            last = Some(index);
+        }
+        if reaches {
+            return token(index * BLOCK + first_beyond(block, target - before, &weight));
+        }
+        before += f64::from(sum);
+    }
+    // Rounding left the running sum just short of the target: the last token that is possible is meant.
+    match last.and_then(|index| logits.chunks(BLOCK).nth(index).map(|block| (index, block))) {
+        Some((index, block)) => token(index * BLOCK + first_beyond(block, f64::INFINITY, &weight)),
+        None => most_likely(logits),
+    }
+}
+
+/// The first of a block's tokens whose running sum exceeds `target`, or the last one that is possible.
+fn first_beyond(block: &[f32], target: f64, weight: &impl Fn(f32) -> f32) -> usize {
+    let mut before = 0.0_f64;
     let mut last = 0;
-    for (index, block) in logits.chunks(BLOCK).enumerate() {
-        let here = f64::from(sum(block));
-        if before + here > target || index + 1 == logits.len().div_ceil(BLOCK) {
-            for (at, &logit) in block.iter().enumerate() {
-                let one = f64::from(weight(logit));
-                if one > 0.0 {
-                    last = index * BLOCK + at;
-                    before += one;
-                    if before > target {
-                        return token(last);
-                    }
-                }
-            }
-            // Rounding left the running sum just short of the block's: its last possible token is meant.
-            if before > 0.0 {
-                return token(last);
+    for (at, &logit) in block.iter().enumerate() {
+        let one = f64::from(weight(logit));
+        if one > 0.0 {
+            last = at;
+            before += one;
+            if before > target {
+                break;
             }
         }
-        before += here;
     }
-    most_likely(logits)
+    last
 }
 
 fn token(at: usize) -> TokenId {
@@ -86,7 +107,8 @@ fn threshold(logits: &[f32], most: f32, params: &Params, kept: &mut Vec<f32>) ->
         return least;
     }
     kept.clear();
-    let possible = |logit: &f32| *logit > f32::NEG_INFINITY && least.is_none_or(|least| *logit >= least);
+    let possible =
+        |logit: &f32| *logit > f32::NEG_INFINITY && least.is_none_or(|least| *logit >= least);
     kept.extend(logits.iter().map(|&logit| clean(logit)).filter(possible));
     let mut bar = least;
     if let Some(k) = top_k.filter(|&k| k < kept.len()) {
@@ -96,7 +118,8 @@ fn threshold(logits: &[f32], most: f32, params: &Params, kept: &mut Vec<f32>) ->
         kept.retain(|&logit| logit >= kth);
     }
     if params.top_p < 1.0 {
-        let total: f64 = kept.chunks(BLOCK).map(|block| f64::from(block_sum(block, most, by))).sum();
+        let total: f64 =
+            kept.chunks(BLOCK).map(|block| f64::from(block_sum(block, most, by))).sum();
         bar = Some(nucleus(kept, most, by, total * f64::from(params.top_p)));
     }
     bar

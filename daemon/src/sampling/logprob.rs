@@ -48,7 +48,11 @@ pub(super) fn largest(logits: &[f32]) -> f32 {
             lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
         }
     }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, |most, logit| if logit > most { logit } else { most })
+    lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, |most, logit| if logit > most { logit } else { most })
 }
 
 /// The sum of e^((logit - most) * by) over all logits: blocks of 1,024 in f32 lanes, their sums in f64.
@@ -71,7 +75,11 @@ pub(super) fn block_sum(block: &[f32], most: f32, by: f32) -> f32 {
 
 /// The natural logarithm of what raw logits are divided by to be probabilities. `most` is the largest of them.
 pub(super) fn log_partition(logits: &[f32], most: f32) -> f64 {
-    if most.is_finite() { f64::from(most) + sum_of_exponentials(logits, most, 1.0).ln() } else { f64::from(most) }
+    if most.is_finite() {
+        f64::from(most) + sum_of_exponentials(logits, most, 1.0).ln()
+    } else {
+        f64::from(most)
+    }
 }
 
 /// The log-probability of a logit.
@@ -133,7 +141,8 @@ mod tests {
 
     #[test]
     fn probabilities_sum_to_one_and_ranks_follow_them() {
-        let logits: Vec<f32> = (0..5000).map(|i| ((i * 7919) % 5003) as f32 * 0.004 - 3.0).collect();
+        let logits: Vec<f32> =
+            (0..5000).map(|i| ((i * 7919) % 5003) as f32 * 0.004 - 3.0).collect();
         let all = candidates(&logits, 5000);
         let sum: f64 = all.iter().map(|one| f64::from(one.logprob).exp()).sum();
         assert!((sum - 1.0).abs() < 1e-5, "{sum}");

@@ -20,7 +20,9 @@ pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
 /// High and low word of a product.
 fn multiply(a: u32, b: u32) -> (u32, u32) {
     let product = (u64::from(a) * u64::from(b)).to_le_bytes();
-    let word = |at: usize| u32::from_le_bytes([product[at], product[at + 1], product[at + 2], product[at + 3]]);
+    let word = |at: usize| {
+        u32::from_le_bytes([product[at], product[at + 1], product[at + 2], product[at + 3]])
+    };
     (word(4), word(0))
 }
 
@@ -57,7 +59,14 @@ mod tests {
 
     #[test]
     fn every_part_of_the_counter_changes_the_number() {
-        let all = [uniform(1, 0, 0, 0), uniform(2, 0, 0, 0), uniform(1 << 32, 0, 0, 0), uniform(1, 1, 0, 0), uniform(1, 0, 1, 0), uniform(1, 0, 0, 1)];
+        let all = [
+            uniform(1, 0, 0, 0),
+            uniform(2, 0, 0, 0),
+            uniform(1 << 32, 0, 0, 0),
+            uniform(1, 1, 0, 0),
+            uniform(1, 0, 1, 0),
+            uniform(1, 0, 0, 1),
+        ];
         for (i, a) in all.iter().enumerate() {
             assert!((0.0..1.0).contains(a));
             assert!(all[..i].iter().all(|b| a != b));

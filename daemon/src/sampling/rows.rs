@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::logprob::candidates;
 pub use super::logprob::score;
-use super::logprob::{candidates, largest, log_partition, logprob};
 use super::params::Params;
 use super::{filter, philox};
 use crate::model::batch::Draw;
@@ -92,24 +92,41 @@ impl Rows {
     }
 
     /// What all of `draws` give, appended to `out` in order. `logits`: [n, vocab]; draw `i` reads row `logit_row[i]`.
-    pub fn draw_all(&mut self, draws: &[Draw], logit_row: &[usize], logits: &[f32], out: &mut Vec<Drawn>) {
+    pub fn draw_all(
+        &mut self,
+        draws: &[Draw],
+        logit_row: &[usize],
+        logits: &[f32],
+        out: &mut Vec<Drawn>,
+    ) {
         let vocab = self.vocab;
-        let row_of = |index: usize| logits.get(index * vocab..(index + 1) * vocab).unwrap_or_default();
+        let row_of =
+            |index: usize| logits.get(index * vocab..(index + 1) * vocab).unwrap_or_default();
         if draws.len() < 2 || draws.len() * vocab < PARALLEL_LOGITS {
-            out.extend(draws.iter().zip(logit_row).map(|(draw, &index)| self.draw(draw, row_of(index))));
+            out.extend(
+                draws.iter().zip(logit_row).map(|(draw, &index)| self.draw(draw, row_of(index))),
+            );
             return;
         }
+        debug_assert!(
+            draws.iter().map(|draw| draw.row).collect::<std::collections::HashSet<_>>().len()
+                == draws.len(),
+            "each row draws once"
+        );
         // Each draw takes its row along, so that the rows can be drawn at once.
         let mut taken: Vec<(Row, &Draw, usize)> = draws
             .iter()
             .zip(logit_row)
             .map(|(draw, &index)| {
-                let row = self.rows.get_mut(draw.row.0 as usize).map(std::mem::take).unwrap_or_default();
+                let row =
+                    self.rows.get_mut(draw.row.0 as usize).map(std::mem::take).unwrap_or_default();
                 (row, draw, index)
             })
             .collect();
-        let drawn: Vec<Drawn> =
-            taken.par_iter_mut().map(|(row, draw, index)| row.draw(draw.kind, row_of(*index))).collect();
+        let drawn: Vec<Drawn> = taken
+            .par_iter_mut()
+            .map(|(row, draw, index)| row.draw(draw.kind, row_of(*index)))
+            .collect();
         out.extend(drawn);
         for (row, draw, _) in taken {
             if let Some(place) = self.rows.get_mut(draw.row.0 as usize) {
@@ -138,12 +155,20 @@ impl State {
         let mut counts = Counts::default();
         if params.as_deref().is_some_and(has_penalty) {
             for (position, &token) in history.iter().enumerate() {
-                *counts.output.entry(token).or_default() += u32::from(position >= request.prompt.len());
+                *counts.output.entry(token).or_default() +=
+                    u32::from(position >= request.prompt.len());
             }
         }
         let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
         let output_len = count(history.len().saturating_sub(request.prompt.len()));
-        Self { params, choice, last: history.last().copied(), len: count(history.len()), output_len, counts }
+        Self {
+            params,
+            choice,
+            last: history.last().copied(),
+            len: count(history.len()),
+            output_len,
+            counts,
+        }
     }
 
     fn take_up(&mut self, token: TokenId) {
@@ -179,7 +204,8 @@ impl Row {
                 if filter::is_greedy(params) {
                     filter::most_likely(logits)
                 } else {
-                    let u = philox::uniform(params.seed, params.prompt_index, state.choice, state.len);
+                    let u =
+                        philox::uniform(params.seed, params.prompt_index, state.choice, state.len);
                     filter::draw(logits, params, u, kept)
                 }
             }
@@ -188,22 +214,15 @@ impl Row {
         if let Some(state) = state {
             state.take_up(token);
         }
-        match params.and_then(|params| params.logprobs) {
-            None => {
-                let raw = logits.get(token.0 as usize).copied().unwrap_or(f32::NEG_INFINITY);
-                let logprob = logprob(raw, log_partition(logits, largest(logits)));
-                Drawn::Token { token, logprob, logprobs: None }
-            }
-            Some(top) => {
-                let logprobs = score(logits, token, top);
-                Drawn::Token { token, logprob: logprobs.token.logprob, logprobs: Some(Box::new(logprobs)) }
-            }
-        }
+        let top = params.and_then(|params| params.logprobs);
+        Drawn::Token { token, logprobs: top.map(|top| Box::new(score(logits, token, top))) }
     }
 }
 
 fn has_penalty(params: &Params) -> bool {
-    params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 || params.repetition_penalty != 1.0
+    params.presence_penalty != 0.0
+        || params.frequency_penalty != 0.0
+        || params.repetition_penalty != 1.0
 }
 
 fn holds_back_stop(params: &Params, state: &State) -> bool {

@@ -18,8 +18,8 @@ impl Scheduler {
         }
         for (draw, drawn) in step.draws.iter().zip(output.drawn.drain(..)) {
             match (draw.kind, drawn) {
-                (DrawKind::Sample, Drawn::Token { token, logprob, logprobs }) => {
-                    self.take_token(draw.key, token, logprob, logprobs);
+                (DrawKind::Sample, Drawn::Token { token, logprobs }) => {
+                    self.take_token(draw.key, token, logprobs);
                 }
                 (DrawKind::Candidates { .. }, Drawn::Candidates(candidates)) => {
                     self.take_candidates(draw, candidates)
@@ -43,7 +43,6 @@ impl Scheduler {
         &mut self,
         key: SequenceKey,
         token: TokenId,
-        logprob: f32,
         logprobs: Option<Box<crate::request::TokenLogprobs>>,
     ) {
         let Some(sequence) = self.find_sequence(key) else {
@@ -54,7 +53,7 @@ impl Scheduler {
         sequence.output.push(token);
         let (id, choice) = (sequence.request.id, key.member);
         let end = ended_by(sequence, token);
-        self.effects.push(Effect::Token { id, choice, token, logprob, logprobs });
+        self.effects.push(Effect::Token { id, choice, token, logprobs });
         let running = self.find_running(key);
         if let Ok(index) = running {
             self.publish(index);

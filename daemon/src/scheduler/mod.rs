@@ -42,36 +42,12 @@ pub fn blocks_needed(request: &Request, block_size: u32) -> usize {
 /// What a request's owner should be told.
 #[derive(Debug, PartialEq)]
 pub enum Effect {
-    Admitted {
-        id: RequestId,
-        cached_tokens: usize,
-    },
-    Preempted {
-        id: RequestId,
-        choice: u32,
-        tokens: usize,
-    },
-    Token {
-        id: RequestId,
-        choice: u32,
-        token: TokenId,
-        logprob: f32,
-        logprobs: Option<Box<TokenLogprobs>>,
-    },
-    PromptLogprobs {
-        id: RequestId,
-        logprobs: Vec<TokenLogprobs>,
-    },
-    Beams {
-        id: RequestId,
-        beams: Vec<Beam>,
-    },
-    Finished {
-        id: RequestId,
-        choice: u32,
-        reason: FinishReason,
-        stop_token: Option<TokenId>,
-    },
+    Admitted { id: RequestId, cached_tokens: usize },
+    Preempted { id: RequestId, choice: u32, tokens: usize },
+    Token { id: RequestId, choice: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>> },
+    PromptLogprobs { id: RequestId, logprobs: Vec<TokenLogprobs> },
+    Beams { id: RequestId, beams: Vec<Beam> },
+    Finished { id: RequestId, choice: u32, reason: FinishReason, stop_token: Option<TokenId> },
 }
 
 /// A request with sequences in the scheduler.

@@ -159,8 +159,6 @@ impl Step {
 pub enum Drawn {
     Token {
         token: TokenId,
-        /// Natural logarithm of its probability in the raw distribution.
-        logprob: f32,
         /// Present when the row's parameters ask for it.
         logprobs: Option<Box<TokenLogprobs>>,
     },

@@ -12,8 +12,8 @@ use kernels::cpu::{KvDtype, KvShape};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::reference::ReferenceBackend;
-use crate::config::{Compute, Dtype, KvCacheDtype, MemoryLimit, ServeConfig};
 use crate::config::LoadFormat as ConfiguredFormat;
+use crate::config::{Compute, Dtype, KvCacheDtype, MemoryLimit, ServeConfig};
 use crate::engine::handle::{Handle, QueueLimits};
 use crate::engine::{self, EngineConfig};
 use crate::kv::BlockSize;
@@ -48,7 +48,10 @@ pub(super) struct Found {
 }
 
 /// The model's path on this machine, downloaded when it names the hub.
-pub(super) async fn locate(config: &ServeConfig, report: &(dyn Fn(Downloaded) + Send + Sync)) -> Result<PathBuf> {
+pub(super) async fn locate(
+    config: &ServeConfig,
+    report: &(dyn Fn(Downloaded) + Send + Sync),
+) -> Result<PathBuf> {
     match &config.model {
         Location::Path(path) => Ok(path.clone()),
         Location::Hub(model) => Ok(hf::fetch(model, &config.hub, Retry::USUAL, report).await?),
@@ -73,7 +76,8 @@ pub(super) fn open(config: &ServeConfig, path: &Path) -> Result<Found> {
         KvCacheDtype::BFloat16 => KvDtype::BF16,
         KvCacheDtype::Float32 => KvDtype::F32,
     };
-    let opened = Opened::open(&files, format, dtype).with_context(|| format!("open {}", path.display()))?;
+    let opened =
+        Opened::open(&files, format, dtype).with_context(|| format!("open {}", path.display()))?;
     Ok(Found { opened, kv_dtype })
 }
 
@@ -86,7 +90,8 @@ impl Found {
             config.max_num_batched_tokens.get() as usize,
             config.max_num_seqs.get() as usize,
         );
-        let per_token = self.kv_shape(config, 0)?.bytes_per_token().context("the bytes of a token overflow")?;
+        let per_token =
+            self.kv_shape(config, 0)?.bytes_per_token().context("the bytes of a token overflow")?;
         let demand = Demand {
             weights: self.opened.weight_bytes() as u64,
             workspace: workspace as u64,
@@ -99,7 +104,8 @@ impl Found {
 
     fn kv_shape(&self, config: &ServeConfig, blocks: u32) -> Result<KvShape> {
         let model = self.opened.config();
-        let figure = |size: usize| u32::try_from(size).context("a size of the model does not fit 32 bits");
+        let figure =
+            |size: usize| u32::try_from(size).context("a size of the model does not fit 32 bits");
         Ok(KvShape {
             blocks,
             block_size: config.block_size.get(),
@@ -120,11 +126,16 @@ pub(super) async fn load(
 ) -> Result<Ready> {
     let started = Instant::now();
     let downloading = reporter.clone();
-    let path = locate(&config, &move |downloaded| report(downloading.as_ref(), downloaded.bytes, downloaded.total_bytes)).await?;
+    let path = locate(&config, &move |downloaded| {
+        report(downloading.as_ref(), downloaded.bytes, downloaded.total_bytes)
+    })
+    .await?;
     metrics.load_stage("locate", started.elapsed());
-    tokio::task::spawn_blocking(move || load_from(&config, &path, machine, &metrics, reporter.as_ref()))
-        .await
-        .context("load the model")?
+    tokio::task::spawn_blocking(move || {
+        load_from(&config, &path, machine, &metrics, reporter.as_ref())
+    })
+    .await
+    .context("load the model")?
 }
 
 fn load_from(
@@ -149,7 +160,9 @@ fn load_from(
         threads: config.threads,
     };
     let handle = match config.compute {
-        Compute::Reference => start(config, &plan, ReferenceBackend::new(&found.opened, &options)?, metrics)?,
+        Compute::Reference => {
+            start(config, &plan, ReferenceBackend::new(&found.opened, &options)?, metrics)?
+        }
         Compute::Kernels => {
             let model = found.opened.config().clone();
             let weights = read_weights(found.opened, reporter)?;
@@ -167,13 +180,18 @@ fn load_from(
 
 /// The same model and arithmetic have the same fingerprint.
 fn fingerprint(found: &Found) -> String {
-    let described = format!("{:?} {:?} {}", found.opened.config(), found.kv_dtype, found.opened.weight_bytes());
+    let described =
+        format!("{:?} {:?} {}", found.opened.config(), found.kv_dtype, found.opened.weight_bytes());
     let hash = blake3::hash(described.as_bytes()).to_hex();
     format!("bindery-{}-{}", env!("CARGO_PKG_VERSION"), &hash[..12])
 }
 
-fn read_weights(opened: Opened, reporter: Option<&Reporter>) -> Result<crate::model::weights::Weights> {
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+fn read_weights(
+    opened: Opened,
+    reporter: Option<&Reporter>,
+) -> Result<crate::model::weights::Weights> {
+    let bar =
+        if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}");
     bar.set_style(style.context("make the progress bar")?);
     let weights = opened.load(&mut |done, total| {
@@ -206,12 +224,16 @@ fn start<B: Backend + 'static>(
         blocks: plan.blocks,
         watermark_blocks: plan.blocks as usize * WATERMARK_PERCENT / 100,
         max_attended: MAX_ATTENDED,
-        prefix_caching: if config.prefix_cache.is_some() { PrefixCaching::Enabled } else { PrefixCaching::Disabled },
+        prefix_caching: if config.prefix_cache.is_some() {
+            PrefixCaching::Enabled
+        } else {
+            PrefixCaching::Disabled
+        },
     };
     let queue = QueueLimits { requests: config.queue.requests, tokens: config.queue.tokens };
     let engine = EngineConfig { limits, queue, max_model_len: plan.max_model_len, secret };
-    let (handle, _running) =
-        engine::start(backend, engine, Recorder(Arc::clone(metrics))).context("start the engine's thread")?;
+    let (handle, _running) = engine::start(backend, engine, Recorder(Arc::clone(metrics)))
+        .context("start the engine's thread")?;
     Ok(handle)
 }
 

@@ -1,6 +1,6 @@
 //! An engine under a node agent: confined, told what to do on stdin, telling how it is on stdout.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ use crate::config::{Listen, ServeConfig};
 use crate::confine::{self, Files, Missing};
 use crate::engine::handle::Handle;
 use crate::metrics::Metrics;
-use crate::plan::PlanError;
 use crate::model::ModelError;
+use crate::plan::PlanError;
 use crate::source::Location;
 use crate::source::hf::HubError;
 use crate::supervise::{self, Command, Event, FailureReason, Reporter, Writer};
@@ -38,11 +38,15 @@ impl Agent {
         match &config.model {
             Location::Path(path) => say(confine::confine_files(&files(config, path)?)?),
             Location::Hub(_) => {
-                tracing::error!("the model is downloaded by this process: its files are not confined");
+                tracing::error!(
+                    "the model is downloaded by this process: its files are not confined"
+                );
             }
         }
-        let commands = supervise::read_commands(std::io::stdin()).context("read the agent's commands")?;
-        let (reporter, writer) = supervise::write_events(std::io::stdout()).context("write events for the agent")?;
+        let commands =
+            supervise::read_commands(std::io::stdin()).context("read the agent's commands")?;
+        let (reporter, writer) =
+            supervise::write_events(std::io::stdout()).context("write events for the agent")?;
         Ok(Self { commands, reporter, writer, phase: None })
     }
 
@@ -51,10 +55,16 @@ impl Agent {
     }
 
     /// Says that the model can answer, and from now on how many requests and connections there are.
-    pub(super) fn ready(&mut self, handle: &Handle, metrics: &Arc<Metrics>, phase: &watch::Sender<Phase>) {
+    pub(super) fn ready(
+        &mut self,
+        handle: &Handle,
+        metrics: &Arc<Metrics>,
+        phase: &watch::Sender<Phase>,
+    ) {
         self.phase = Some(phase.clone());
         self.reporter.report(Event::Ready {});
-        let (reporter, handle, metrics) = (self.reporter.clone(), handle.clone(), Arc::clone(metrics));
+        let (reporter, handle, metrics) =
+            (self.reporter.clone(), handle.clone(), Arc::clone(metrics));
         tokio::spawn(async move {
             let mut told = (0, 0);
             loop {
@@ -73,7 +83,8 @@ impl Agent {
 
     /// Says why the engine ends.
     pub(super) fn failed(&self, error: &anyhow::Error) {
-        self.reporter.report(Event::Failed { reason: reason_of(error), message: format!("{error:#}") });
+        self.reporter
+            .report(Event::Failed { reason: reason_of(error), message: format!("{error:#}") });
     }
 
     /// Writes what is still to be said.
@@ -87,7 +98,9 @@ pub(super) async fn gone(agent: &mut Option<Agent>, state: &ApiState) {
     let Some(agent) = agent else { return std::future::pending().await };
     while let Some(command) = agent.commands.recv().await {
         match command {
-            Command::ApiKeys(keys) => state.set_keys(keys.iter().map(|key| key.expose().to_owned()).collect()),
+            Command::ApiKeys(keys) => {
+                state.set_keys(keys.iter().map(|key| key.expose().to_owned()).collect())
+            }
             Command::Drain => {
                 if let Some(phase) = &agent.phase {
                     phase.send_replace(Phase::Draining);
@@ -108,10 +121,13 @@ fn say(missing: Option<Missing>) {
     }
 }
 
-fn files(config: &ServeConfig, model: &PathBuf) -> Result<Files> {
-    let mut read = confine::folders_of(model).with_context(|| format!("find {}", model.display()))?;
+fn files(config: &ServeConfig, model: &Path) -> Result<Files> {
+    let mut read =
+        confine::folders_of(model).with_context(|| format!("find {}", model.display()))?;
     // Memory figures, for the plan and the metrics.
-    read.extend(["/proc", "/sys/fs/cgroup"].map(PathBuf::from).into_iter().filter(|path| path.exists()));
+    read.extend(
+        ["/proc", "/sys/fs/cgroup"].map(PathBuf::from).into_iter().filter(|path| path.exists()),
+    );
     let write = match &config.listen {
         Listen::Tcp { .. } => Vec::new(),
         Listen::Unix(socket) => socket.parent().map(PathBuf::from).into_iter().collect(),
@@ -127,7 +143,9 @@ fn reason_of(error: &anyhow::Error) -> FailureReason {
         return FailureReason::UnsupportedModel;
     }
     match error.downcast_ref::<HubError>() {
-        Some(HubError::TokenRefused { .. } | HubError::TokenMissing { .. }) => FailureReason::Unauthorized,
+        Some(HubError::TokenRefused { .. } | HubError::TokenMissing { .. }) => {
+            FailureReason::Unauthorized
+        }
         Some(HubError::WrongChecksum { .. }) => FailureReason::ChecksumMismatch,
         Some(_) | None => FailureReason::EngineCrashed,
     }

@@ -81,7 +81,7 @@ impl Out {
     unsafe fn row<'a>(self, range: Range<usize>) -> &'a mut [f32] {
         assert!(range.start <= range.end && range.end <= self.len, "inside the output");
         // SAFETY: the range lies inside the slice that `at` was made from, which outlives the tasks, and is one task's.
-        unsafe { std::slice::from_raw_parts_mut(self.at.add(range.start), range.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.at.wrapping_add(range.start), range.len()) }
     }
 }
 

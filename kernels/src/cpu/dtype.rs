@@ -62,7 +62,7 @@ impl Dtype {
 
     /// Bytes of a matrix; `None` when `cols` is not a multiple of the block or the sizes overflow.
     pub fn bytes_for(self, rows: usize, cols: usize) -> Option<usize> {
-        if cols % self.block_len() != 0 {
+        if !cols.is_multiple_of(self.block_len()) {
             return None;
         }
         (cols / self.block_len()).checked_mul(self.block_bytes())?.checked_mul(rows)

@@ -47,7 +47,7 @@ impl Out {
     unsafe fn write(self, index: usize, value: f32) {
         assert!(index < self.len, "inside the output");
         // SAFETY: the index is inside the slice that `at` was made from, and nobody else uses the element.
-        unsafe { *self.at.add(index) = value };
+        unsafe { *self.at.wrapping_add(index) = value };
     }
 }
 

@@ -38,7 +38,8 @@ fn request(params: Params) -> Arc<Request> {
 
 fn admit(rows: &mut Rows, row: u32, params: Params, choice: u32, output: &[u32]) {
     let request = request(params);
-    let history = request.prompt.iter().copied().chain(output.iter().map(|&id| TokenId(id))).collect();
+    let history =
+        request.prompt.iter().copied().chain(output.iter().map(|&id| TokenId(id))).collect();
     rows.apply(&RowChange::Admit { row: RowId(row), request, choice, history });
 }
 
@@ -56,7 +57,10 @@ fn drawn_once(params: Params, logits: &[f32]) -> u32 {
 }
 
 fn logits(len: usize, salt: u32) -> Vec<f32> {
-    let value = |i: u32| ((i.wrapping_mul(2_654_435_761).wrapping_add(salt.wrapping_mul(40_503))) >> 8) as f32 / 4.0e6;
+    let value = |i: u32| {
+        ((i.wrapping_mul(2_654_435_761).wrapping_add(salt.wrapping_mul(40_503))) >> 8) as f32
+            / 4.0e6
+    };
     (0..u32::try_from(len).unwrap()).map(value).collect()
 }
 
@@ -96,12 +100,18 @@ fn draws_follow_the_filtered_distribution() {
         let wanted = plain_distribution(&logits, &variant);
         let n = 20_000;
         let mut counts = vec![0_u32; logits.len()];
-        (0..n).for_each(|seed| counts[drawn_once(Params { seed, ..variant.clone() }, &logits) as usize] += 1);
+        (0..n).for_each(|seed| {
+            counts[drawn_once(Params { seed, ..variant.clone() }, &logits) as usize] += 1
+        });
         for (token, (&count, &probability)) in counts.iter().zip(&wanted).enumerate() {
             // Five standard deviations of a binomial count.
             let bound = 5.0 * (n as f64 * probability * (1.0 - probability)).sqrt() + 1e-9;
             let off = (f64::from(count) - n as f64 * probability).abs();
-            assert!(off <= bound, "{variant:?}: token {token} came {count} times, wanted {}", n as f64 * probability);
+            assert!(
+                off <= bound,
+                "{variant:?}: token {token} came {count} times, wanted {}",
+                n as f64 * probability
+            );
         }
     }
 }
@@ -114,7 +124,13 @@ fn the_token_is_the_first_whose_running_sum_exceeds_u() {
         let u = f64::from(philox::uniform(seed, 0, 0, 2));
         let target = u * weights.iter().sum::<f64>();
         let mut sum = 0.0;
-        let wanted = weights.iter().position(|weight| { sum += weight; sum > target }).unwrap();
+        let wanted = weights
+            .iter()
+            .position(|weight| {
+                sum += weight;
+                sum > target
+            })
+            .unwrap();
         assert_eq!(drawn_once(Params { seed, ..params() }, &logits) as usize, wanted);
     }
 }
@@ -124,8 +140,17 @@ fn hopeless_logits_draw_the_lowest_id_and_nan_is_never_drawn() {
     for temperature in [0.0, 1.0] {
         let hopeless = drawn_once(Params { temperature, ..params() }, &[f32::NEG_INFINITY; 40]);
         assert_eq!(hopeless, 0);
-        assert_eq!(drawn_once(Params { temperature, ..params() }, &[f32::NAN, f32::NAN, 0.5, f32::NAN]), 2);
-        assert_eq!(drawn_once(Params { temperature, top_k: NonZeroU32::new(2), top_p: 0.5, ..params() }, &[f32::NAN; 40]), 0);
+        assert_eq!(
+            drawn_once(Params { temperature, ..params() }, &[f32::NAN, f32::NAN, 0.5, f32::NAN]),
+            2
+        );
+        assert_eq!(
+            drawn_once(
+                Params { temperature, top_k: NonZeroU32::new(2), top_p: 0.5, ..params() },
+                &[f32::NAN; 40]
+            ),
+            0
+        );
         assert_eq!(drawn_once(Params { temperature, ..params() }, &[0.0, f32::INFINITY, 1.0]), 1);
     }
     assert_eq!(drawn_once(params(), &[]), 0);
@@ -137,12 +162,30 @@ fn penalties_bias_and_min_tokens_are_their_formulas() {
     let logits = [1.0, 2.0, 1.9, 1.8, 0.1];
     let mut rows = Rows::new(1, 5);
     // Token 1 is in the prompt, 3 twice in the output.
-    let with = |params: Params, rows: &mut Rows| { admit(rows, 0, params, 0, &[3, 3]); sample(rows, 0, &logits) };
+    let with = |params: Params, rows: &mut Rows| {
+        admit(rows, 0, params, 0, &[3, 3]);
+        sample(rows, 0, &logits)
+    };
     assert_eq!(with(greedy.clone(), &mut rows), 1);
-    assert_eq!(with(Params { repetition_penalty: 2.5, ..greedy.clone() }, &mut rows), 0, "2 / 2.5, 1.9 / 2.5, 1.8 / 2.5 and 1");
-    assert_eq!(with(Params { frequency_penalty: -0.2, ..greedy.clone() }, &mut rows), 3, "1.8 + 2 * 0.2");
-    assert_eq!(with(Params { presence_penalty: -0.3, ..greedy.clone() }, &mut rows), 3, "1.8 + 0.3");
-    assert_eq!(with(Params { logit_bias: vec![(TokenId(4), 5.0)], ..greedy.clone() }, &mut rows), 4);
+    assert_eq!(
+        with(Params { repetition_penalty: 2.5, ..greedy.clone() }, &mut rows),
+        0,
+        "2 / 2.5, 1.9 / 2.5, 1.8 / 2.5 and 1"
+    );
+    assert_eq!(
+        with(Params { frequency_penalty: -0.2, ..greedy.clone() }, &mut rows),
+        3,
+        "1.8 + 2 * 0.2"
+    );
+    assert_eq!(
+        with(Params { presence_penalty: -0.3, ..greedy.clone() }, &mut rows),
+        3,
+        "1.8 + 0.3"
+    );
+    assert_eq!(
+        with(Params { logit_bias: vec![(TokenId(4), 5.0)], ..greedy.clone() }, &mut rows),
+        4
+    );
     let stop_tokens: Arc<[TokenId]> = Arc::new([TokenId(1)]);
     let held = Params { min_tokens: 3, stop_tokens, ..greedy };
     admit(&mut rows, 0, held, 0, &[3, 3]);
@@ -191,5 +234,18 @@ proptest! {
         prop_assert_eq!(drawn_once(Params { seed, top_k: NonZeroU32::new(1), ..params() }, &logits), greedy);
         prop_assert_eq!(drawn_once(Params { seed, top_p: 1e-6, ..params() }, &logits), greedy);
         prop_assert_eq!(drawn_once(Params { seed, min_p: 1.0, ..params() }, &logits), greedy);
+    }
+}
+
+#[test]
+fn the_one_candidate_among_equals_is_the_lowest_id() {
+    for seed in 0..20 {
+        assert_eq!(
+            drawn_once(
+                Params { seed, top_k: NonZeroU32::new(1), ..params() },
+                &[0.0, 3.0, 3.0, 1.0]
+            ),
+            1
+        );
     }
 }

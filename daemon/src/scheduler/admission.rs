@@ -145,15 +145,13 @@ impl Scheduler {
         let keys: Vec<BlockKey> = sequence.keys(&self.hasher, size, cached.blocks).to_vec();
         let mut table = self.pool.share(&keys);
         let mut computed = cached.blocks * size.tokens();
-        if let Some(source) =
-            cached.partial.filter(|_| self.spare_block_for(&sequence, cached.blocks))
-        {
-            if let Ok(copy) = self.pool.copy_prefix(&mut table, source) {
-                self.pinned.push(copy.from);
-                step.copies.push(super::running::block_copy(copy));
-                step.counts.prefix_copied_slots += copy.slots;
-                computed += copy.slots;
-            }
+        let source = cached.partial.filter(|_| self.spare_block_for(&sequence, cached.blocks));
+        let copy = source.and_then(|source| self.pool.copy_prefix(&mut table, source).ok());
+        if let Some(copy) = copy {
+            self.pinned.push(copy.from);
+            step.copies.push(super::running::block_copy(copy));
+            step.counts.prefix_copied_slots += copy.slots;
+            computed += copy.slots;
         }
         self.say_admitted(&mut sequence, computed, step);
         let capacity = sequence.request.max_tokens.get() as usize - sequence.output.len();

@@ -176,7 +176,7 @@ mod tests {
         /// A matrix's bytes whose scales are finite and small.
         fn weights(&mut self, dtype: Dtype, rows: usize, cols: usize) -> Vec<u8> {
             let mut bytes: Vec<u8> = (0..dtype.bytes_for(rows, cols).unwrap())
-                .map(|_| (self.next().to_bits() >> 13) as u8)
+                .map(|_| self.next().to_le_bytes()[1])
                 .collect();
             let scales: &[usize] = match dtype {
                 Dtype::F32 | Dtype::F16 | Dtype::BF16 => &[],

@@ -36,10 +36,11 @@ async fn sigterm_drains_and_a_second_signal_ends_at_once() -> Result<()> {
     let Some(model) = model("sigterm_drains_and_a_second_signal_ends_at_once") else {
         return Ok(());
     };
-    let mut server = Server::start(&model, &["--max-model-len", "512"]).await?;
+    let patient = ["--max-model-len", "512", "--shutdown-timeout", "300"];
+    let mut server = Server::start(&model, &patient).await?;
     let url = format!("{}/v1/completions", server.url);
     let mut short = endless();
-    short["max_tokens"] = 60.into();
+    short["max_tokens"] = 40.into();
     let answer = reqwest::Client::new().post(&url).json(&short).send().await?;
     server.terminate()?;
     let deadline = std::time::Instant::now() + harness::PATIENCE;
@@ -58,8 +59,7 @@ async fn sigterm_drains_and_a_second_signal_ends_at_once() -> Result<()> {
     );
     ensure!(server.wait().await?.success(), "{}", server.log());
 
-    let mut server =
-        Server::start(&model, &["--max-model-len", "512", "--shutdown-timeout", "100"]).await?;
+    let mut server = Server::start(&model, &patient).await?;
     let url = format!("{}/v1/completions", server.url);
     let answer = reqwest::Client::new().post(&url).json(&endless()).send().await?;
     server.terminate()?;

@@ -90,6 +90,7 @@ impl KvArena {
     /// When the sizes overflow or the memory cannot be had.
     pub fn new(shape: KvShape) -> Result<Self, KernelError> {
         let bytes = shape.bytes().ok_or(KernelError::Overflow("the KV arena"))?;
+        expect_below("nothing in an arena without blocks, slots or heads", 0, bytes)?;
         let len = bytes / shape.dtype.bytes();
         let fail = |_| KernelError::OutOfMemory { what: "the KV arena", bytes };
         // Asked for first, so that too much is an error; then zeroed by the system, without touching a page.

@@ -160,6 +160,11 @@ impl KvArena {
         let shape = self.shape();
         let width = attention.heads as usize * shape.head_dim as usize;
         expect_below("the layer", attention.layer as usize, shape.layers as usize)?;
+        expect_below(
+            "nothing in a window of no token",
+            0,
+            attention.window.map_or(1, |window| window as usize),
+        )?;
         expect_len(
             "heads beyond a multiple of the KV heads",
             (attention.heads % shape.kv_heads.max(1)) as usize,

@@ -146,6 +146,7 @@ fn scale_and_min(j: usize, packed: &[u8]) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
+#[inline(always)]
 fn q4k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (scales, quants) = (&block[4..16], &block[16..144]);
@@ -160,6 +161,7 @@ fn q4k(block: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 fn q5k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (scales, high, quants) = (&block[4..16], &block[16..48], &block[48..176]);
@@ -176,6 +178,7 @@ fn q5k(block: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 fn q6k(block: &[u8], out: &mut [f32]) {
     let (low, high, scales, d) =
         (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));

@@ -28,6 +28,8 @@ impl Matrix {
         order: &(dyn Fn(usize) -> usize + Sync),
     ) -> Result<Self, KernelError> {
         let wanted = dtype.bytes_for(rows, cols).ok_or(KernelError::Overflow("a matrix"))?;
+        expect_below("no row in a matrix without rows", 0, rows)?;
+        expect_below("no column in a matrix without columns", 0, cols)?;
         expect_len("the matrix's bytes", bytes.len(), wanted)?;
         let panel_bytes =
             panel::panel_bytes(dtype, cols).ok_or(KernelError::Overflow("a panel"))?;

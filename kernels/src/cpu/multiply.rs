@@ -109,9 +109,19 @@ fn multiply_panel_body(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) {
     let mut buffer = [[0.0_f32; ROWS]; CHUNK];
     for from in (0..part.cols).step_by(CHUNK) {
         let weights = &mut buffer[..CHUNK.min(part.cols - from)];
-        panel::with_decode!(part.dtype, D => D::chunk(part.panel, part.cols, from, weights));
+        decode(part, from, weights);
         multiply_chunk(part, weights, from, sums);
     }
+}
+
+/// The values of a chunk of a panel, by the loop of its dtype if there is one.
+#[inline(always)]
+fn decode(part: Part<'_>, from: usize, weights: &mut [Lane]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::vector::chunk(part.dtype, part.panel, from, weights) {
+        return;
+    }
+    panel::with_decode!(part.dtype, D => D::chunk(part.panel, part.cols, from, weights));
 }
 
 /// All rows of the batch with one chunk of a panel.

@@ -1,5 +1,5 @@
-//! One row of a batch with a panel, dequantized from register to register: what single-stream decoding spends its time
-//! on. The same chain of operations as the general product, so the same bits; only where AVX2 is and for the
+//! Panels dequantized with AVX2: into a buffer for a batch, and from register to register for one row, which is what
+//! single-stream decoding spends its time on. The same chain of operations as the general product, so the same bits; only where AVX2 is and for the
 //! dtypes that have a loop here.
 #![allow(
     clippy::multiple_unsafe_ops_per_block,
@@ -35,6 +35,64 @@ pub(crate) fn multiply(dtype: Dtype, panel: &[u8], x: &[f32], sums: &mut Lane) -
         _ => return false,
     }
     true
+}
+
+/// The values of columns `from..from + out.len()` of a panel. `false`: there is no loop for this dtype or machine.
+pub(crate) fn chunk(dtype: Dtype, panel: &[u8], from: usize, out: &mut [Lane]) -> bool {
+    if instruction_set() == InstructionSet::Portable {
+        return false;
+    }
+    match dtype {
+        // SAFETY: the processor has AVX2, FMA and F16C, `instruction_set` asked it.
+        Dtype::Q4_1 => unsafe { nibble_chunk::<64, true>(&panel[from / 32 * 320..], out) },
+        // SAFETY: as above.
+        Dtype::Q4_0 => unsafe { nibble_chunk::<32, false>(&panel[from / 32 * 288..], out) },
+        // SAFETY: as above.
+        Dtype::Q8_0 => unsafe { byte_chunk(&panel[from / 32 * 544..], out) },
+        _ => return false,
+    }
+    true
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nibble_chunk<const SCALES: usize, const MINIMA: bool>(panel: &[u8], out: &mut [Lane]) {
+    let eight = _mm256_set1_ps(8.0);
+    let mask = _mm_set1_epi8(15);
+    for (block, out) in panel.chunks_exact(SCALES + 256).zip(out.chunks_exact_mut(32)) {
+        let d = halves(&block[..32]);
+        let m = if MINIMA { halves(&block[32..64]) } else { d };
+        for (quants, out) in block[SCALES..].chunks_exact(8).zip(out) {
+            // SAFETY: the chunk has 8 bytes.
+            let packed = unsafe { _mm_loadl_epi64(quants.as_ptr().cast::<__m128i>()) };
+            let nibbles =
+                [_mm_and_si128(packed, mask), _mm_and_si128(_mm_srli_epi16::<4>(packed), mask)];
+            let mut values = d;
+            for i in 0..2 {
+                let q = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(nibbles[i]));
+                values[i] = if MINIMA {
+                    _mm256_add_ps(_mm256_mul_ps(q, d[i]), m[i])
+                } else {
+                    _mm256_mul_ps(_mm256_sub_ps(q, eight), d[i])
+                };
+            }
+            store(values, out);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn byte_chunk(panel: &[u8], out: &mut [Lane]) {
+    for (block, out) in panel.chunks_exact(32 + 512).zip(out.chunks_exact_mut(32)) {
+        let d = halves(&block[..32]);
+        for (quants, out) in block[32..].chunks_exact(ROWS).zip(out) {
+            // SAFETY: the chunk has 16 bytes.
+            let quants = unsafe { _mm_loadu_si128(quants.as_ptr().cast::<__m128i>()) };
+            let low = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(quants)), d[0]);
+            let upper = _mm_srli_si128::<8>(quants);
+            let high = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper)), d[1]);
+            store([low, high], out);
+        }
+    }
 }
 
 /// Blocks of `SCALES` bytes of scales (and minima, with `MINIMA`) and 32 x 8 bytes of nibbles.

@@ -13,6 +13,8 @@ pub mod kv;
 pub mod metrics;
 pub mod model;
 pub mod plan;
+#[cfg(test)]
+mod purity;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;

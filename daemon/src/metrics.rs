@@ -203,6 +203,16 @@ fn token_buckets() -> Vec<f64> {
         .collect()
 }
 
+/// The method as a label. A client may invent methods, and each would be a series that never goes away.
+fn known_method(method: &str) -> &str {
+    match method {
+        "GET" | "HEAD" | "POST" | "PUT" | "DELETE" | "CONNECT" | "OPTIONS" | "TRACE" | "PATCH" => {
+            method
+        }
+        _ => "other",
+    }
+}
+
 impl Metrics {
     /// Registers everything, before the model is loaded.
     ///
@@ -288,6 +298,7 @@ impl Metrics {
 
     /// A route answered.
     pub fn http(&self, method: &str, status: u16, path: &str, took: Duration) {
+        let method = known_method(method);
         let class = format!("{}xx", status / 100);
         self.http.requests.with_label_values(&[method, &class, path]).inc();
         self.http.seconds.with_label_values(&[method, path]).observe(took.as_secs_f64());

@@ -162,3 +162,13 @@ fn promtool_finds_only_what_vllm_itself_has() {
         assert!(finding.starts_with("vllm:") && known, "a new finding: {finding}");
     }
 }
+
+#[test]
+fn methods_that_clients_invent_share_one_series() {
+    let metrics = loaded();
+    for index in 0..50 {
+        metrics.http(&format!("X{index}"), 405, "/v1/models", Duration::ZERO);
+    }
+    let series = "http_requests_total{handler=\"/v1/models\",method=\"other\",status=\"4xx\"}";
+    assert_eq!(value(&metrics.render(), series), 50.0);
+}

@@ -86,8 +86,6 @@ pub struct BeamParams {
     /// Exponent of the sequence length by which the summed log-probability is divided.
     pub length_penalty: f32,
     pub early_stopping: EarlyStopping,
-    /// Whether an end token does not finish a beam.
-    pub ignore_eos: bool,
 }
 
 /// When a beam search that has `width` finished beams ends.

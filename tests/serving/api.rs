@@ -1,6 +1,6 @@
 //! What clients ask for and get.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use harness::Server;
 use serde_json::{Value, json};
 
@@ -15,7 +15,11 @@ async fn the_api_answers_as_openai_and_vllm_do() -> Result<()> {
     choices_logprobs_and_echo_have_their_shapes(&server).await?;
     beams_and_best_of_come_best_first(&server).await?;
     prompts_come_in_every_form(&server).await?;
-    seeds_repeat(&server).await
+    seeds_repeat(&server).await?;
+    streams_of_several_choices_say_what_whole_answers_say(&server).await?;
+    echoed_log_probabilities_stream_with_true_offsets(&server).await?;
+    stop_strings_wait_for_min_tokens(&server).await?;
+    salts_separate_caches(&server).await
 }
 
 async fn chat_answers_sensibly_and_streams_the_same(server: &Server) -> Result<()> {
@@ -100,7 +104,7 @@ async fn choices_logprobs_and_echo_have_their_shapes(server: &Server) -> Result<
         content[0]["top_logprobs"][0]["token"], content[0]["token"],
         "greedy takes the most likely"
     );
-    let prompt = chat["choices"][0]["prompt_logprobs"].as_array().map_or(0, Vec::len);
+    let prompt = chat["prompt_logprobs"].as_array().map_or(0, Vec::len);
     assert_eq!(json!(prompt), chat["usage"]["prompt_tokens"]);
     Ok(())
 }
@@ -118,6 +122,11 @@ async fn beams_and_best_of_come_best_first(server: &Server) -> Result<()> {
         .collect();
     ensure!(texts.len() == 3 && texts[0] != texts[1], "{texts:?}");
     ensure!(texts[0].contains("Rome"), "{texts:?}");
+    body["best_of"] = 6.into();
+    let wide = server.ask("/v1/completions", &body).await?;
+    assert_eq!(wide["choices"].as_array().map_or(0, Vec::len), 3, "n of a beam of best_of");
+    let counted = wide["usage"]["completion_tokens"].as_u64();
+    ensure!(counted.is_some_and(|counted| counted > 18), "all that were generated count: {wide}");
     let mut body = completion("The capital of Italy is", 6);
     body["temperature"] = 1.into();
     body["best_of"] = 4.into();
@@ -159,5 +168,98 @@ async fn seeds_repeat(server: &Server) -> Result<()> {
     })?;
     assert_eq!(first["choices"][0]["text"], again["choices"][0]["text"]);
     assert_ne!(first["choices"][0]["text"], beside["choices"][0]["text"]);
+    Ok(())
+}
+
+async fn streams_of_several_choices_say_what_whole_answers_say(server: &Server) -> Result<()> {
+    let mut body = completion(json!(["The sun", "A small cat"]), 6);
+    for (field, value) in [("n", 2), ("temperature", 1), ("seed", 7)] {
+        body[field] = value.into();
+    }
+    body["return_token_ids"] = true.into();
+    let whole = server.ask("/v1/completions", &body).await?;
+    body["stream_options"] = json!({"include_usage": true, "continuous_usage_stats": true});
+    let chunks = server.stream("/v1/completions", body).await?;
+    ensure!(chunks.iter().all(|chunk| chunk["usage"]["prompt_tokens"].is_u64()), "{chunks:?}");
+    let counts = chunks.iter().map(|chunk| chunk["usage"]["completion_tokens"].as_u64());
+    ensure!(counts.is_sorted(), "usage grows: {chunks:?}");
+    assert_eq!(chunks[chunks.len() - 1]["usage"], whole["usage"]);
+    for index in 0..4 {
+        let wanted = &whole["choices"][index];
+        assert_eq!(wanted["text"], streamed(&chunks, index));
+        let own = || {
+            let choices = chunks.iter().filter_map(|chunk| chunk["choices"].as_array()).flatten();
+            choices.filter(|choice| choice["index"] == index)
+        };
+        let ids = |name: &str| -> Vec<Value> {
+            own().filter_map(|choice| choice[name].as_array()).flatten().cloned().collect()
+        };
+        assert_eq!(wanted["token_ids"], json!(ids("token_ids")));
+        assert_eq!(wanted["prompt_token_ids"], json!(ids("prompt_token_ids")));
+        let reasons: Vec<_> = own().filter_map(|choice| choice["finish_reason"].as_str()).collect();
+        assert_eq!(json!(reasons), json!([wanted["finish_reason"]]), "ends once");
+    }
+    Ok(())
+}
+
+async fn echoed_log_probabilities_stream_with_true_offsets(server: &Server) -> Result<()> {
+    // The emoji is several tokens, none of which is a character.
+    let mut body = completion("Fun \u{1F9CA} is", 5);
+    body["echo"] = true.into();
+    body["logprobs"] = 1.into();
+    let whole = server.ask("/v1/completions", &body).await?;
+    let choice = &whole["choices"][0];
+    let text: Vec<char> = choice["text"].as_str().unwrap_or_default().chars().collect();
+    let logprobs = &choice["logprobs"];
+    let tokens: Vec<&str> =
+        logprobs["tokens"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let offsets = logprobs["text_offset"].as_array().into_iter().flatten();
+    let offsets: Vec<usize> =
+        offsets.filter_map(|offset| usize::try_from(offset.as_u64()?).ok()).collect();
+    ensure!(tokens.len() > 8 && tokens.len() == offsets.len(), "{logprobs}");
+    for (token, &offset) in tokens.iter().zip(&offsets).filter(|(token, _)| token.is_ascii()) {
+        let there: String = text[offset..].iter().take(token.len()).collect();
+        assert_eq!(there, *token, "at {offset}: {logprobs}");
+    }
+    let chunks = server.stream("/v1/completions", body.clone()).await?;
+    assert_eq!(streamed(&chunks, 0), choice["text"]);
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        let parts =
+            chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"][name].as_array());
+        assert_eq!(json!(parts.flatten().collect::<Vec<_>>()), logprobs[name], "{name}");
+    }
+    body["max_tokens"] = 0.into();
+    body["stream_options"] = json!({"include_usage": true});
+    let chunks = server.stream("/v1/completions", body).await?;
+    assert_eq!(streamed(&chunks, 0), "Fun \u{1F9CA} is");
+    assert_eq!(chunks[chunks.len() - 1]["usage"]["completion_tokens"], 0);
+    Ok(())
+}
+
+async fn stop_strings_wait_for_min_tokens(server: &Server) -> Result<()> {
+    let mut body = completion("One, two, three,", 12);
+    body["stop"] = json!([","]);
+    let short = server.ask("/v1/completions", &body).await?;
+    body["min_tokens"] = 6.into();
+    let long = server.ask("/v1/completions", &body).await?;
+    let count = |answer: &Value| answer["usage"]["completion_tokens"].as_u64().unwrap_or(0);
+    ensure!(count(&short) < 6 && count(&long) > 6, "{short} {long}");
+    ensure!(long["choices"][0]["text"].as_str().is_some_and(|text| text.contains(',')), "{long}");
+    Ok(())
+}
+
+async fn salts_separate_caches(server: &Server) -> Result<()> {
+    let text =
+        "A long prompt that fills more than one block of sixteen tokens with words, ".repeat(3);
+    let cached = async |salt: &str| {
+        let mut body = completion(text.clone(), 1);
+        body["cache_salt"] = salt.into();
+        let answer = server.ask("/v1/completions", &body).await?;
+        let cached = &answer["usage"]["prompt_tokens_details"]["cached_tokens"];
+        cached.as_u64().context("cached_tokens")
+    };
+    assert_eq!(cached("a").await?, 0);
+    ensure!(cached("a").await? >= 32, "the same salt shares");
+    assert_eq!(cached("b").await?, 0, "another salt does not");
     Ok(())
 }

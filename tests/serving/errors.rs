@@ -72,9 +72,40 @@ fn bad_completions() -> Vec<(Value, u16, &'static str)> {
             .into_iter()
             .map(|(field, value)| (with(field, value), 400, "unsupported_parameter")),
     );
+    table.extend(bad_combinations().into_iter().map(|body| (body, 400, "invalid_value")));
     table.push((with("model", json!("other")), 404, "model_not_found"));
     table.push((with("max_tokens", json!(100_000)), 400, "context_length_exceeded"));
     table.push((with("prompt", json!("word ".repeat(3000))), 400, "context_length_exceeded"));
+    table
+}
+
+/// Fields that are good alone.
+fn bad_combinations() -> Vec<Value> {
+    let mut table = Vec::new();
+    for (field, value) in [
+        ("stop", json!(["x"])),
+        ("logprobs", json!(1)),
+        ("logit_bias", json!({"1": 1})),
+        ("min_tokens", json!(2)),
+        ("frequency_penalty", json!(0.5)),
+        ("echo", json!(true)),
+        ("stream", json!(true)),
+        ("best_of", json!(1)),
+    ] {
+        let mut body = with(field, value);
+        body["use_beam_search"] = true.into();
+        body["n"] = 2.into();
+        table.push(body);
+    }
+    let mut streamed = with("prompt_logprobs", json!(1));
+    streamed["stream"] = true.into();
+    table.push(streamed);
+    let mut many = with("prompt_logprobs", json!(20));
+    (many["n"], many["prompt"]) = (64.into(), "word ".repeat(200).into());
+    table.push(many);
+    // More than the queue takes, however empty it is.
+    table.push(with("prompt", json!(["a", "b", "c", "d", "e"])));
+    table.push(with("prompt", json!(vec!["word ".repeat(60); 4])));
     table
 }
 
@@ -101,8 +132,8 @@ async fn bad_input_gets_a_4xx_with_a_stable_code_and_the_server_goes_on() -> Res
     else {
         return Ok(());
     };
-    let server =
-        Server::start(&model, &["--max-model-len", "256", "--max-body-bytes", "65536"]).await?;
+    let flags = "--max-model-len 256 --max-body-bytes 65536 --max-num-queued-reqs 4 --max-num-queued-tokens 200";
+    let server = Server::start(&model, &flags.split(' ').collect::<Vec<_>>()).await?;
     for (path, table) in
         [("/v1/completions", bad_completions()), ("/v1/chat/completions", bad_chats())]
     {
@@ -124,6 +155,14 @@ async fn bad_input_gets_a_4xx_with_a_stable_code_and_the_server_goes_on() -> Res
     assert_eq!(server.post("/v1/nothing", &json!({})).await?.0, 404);
     let status = reqwest::get(format!("{}/v1/completions", server.url)).await?.status();
     assert_eq!(status, 405);
+    for path in ["/healthz", "/metrics", "/version"] {
+        let (status, answer) = server.post(path, &json!({})).await?;
+        assert_eq!((status, &answer["error"]["code"]), (405, &json!("method_not_allowed")));
+    }
+    let nothing_asked = json!({"tools": [], "mm_processor_kwargs": {}, "function_call": "none"});
+    for (field, value) in nothing_asked.as_object().into_iter().flatten() {
+        server.ask("/v1/completions", &with(field, value.clone())).await?;
+    }
     server.ask("/v1/completions", &completion("Hello", 2)).await?;
     assert_eq!(reqwest::get(format!("{}/healthz", server.url)).await?.status(), 200);
     assert_eq!(server.metric("bindery_blocks", "used").await?, 0.0);
@@ -172,6 +211,8 @@ async fn keys_guard_every_route_but_health_and_metrics() -> Result<()> {
     }
     assert_eq!(get("/v1/models", Some("secret")).await?.status(), 200);
     assert_eq!(server.post("/v1/completions", &completion("Hi", 2)).await?.0, 401);
+    let counted = "handler=\"/v1/completions\",method=\"POST\",status=\"4xx\"";
+    assert_eq!(server.metric("http_requests_total", counted).await?, 1.0);
     Ok(())
 }
 

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::ask;
+use super::body::Body;
 use super::chat::Conversation;
 use super::error::ApiError;
 use super::fields::Fields;
@@ -46,7 +46,7 @@ fn model_card(state: &ApiState, name: &str) -> Value {
 
 pub(crate) async fn tokenize(
     State(state): State<Arc<ApiState>>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Json<Value>, ApiError> {
     let loaded = state.loaded()?;
     let mut fields = Fields::parse(&body)?;
@@ -74,7 +74,7 @@ pub(crate) async fn tokenize(
 
 pub(crate) async fn detokenize(
     State(state): State<Arc<ApiState>>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Json<Value>, ApiError> {
     let loaded = state.loaded()?;
     let mut fields = Fields::parse(&body)?;

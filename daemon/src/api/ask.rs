@@ -6,11 +6,9 @@ use super::error::ApiError;
 use super::gather::{Gather, RequestView};
 use super::generation::Generation;
 use super::state::{ApiState, Loaded};
+use crate::engine::handle::Submitted;
 use crate::model::text::{AddSpecial, Text};
 use crate::request::{Request, TokenId};
-
-/// Texts with more bytes than this are tokenized on a thread of their own, so that no other client waits for them.
-const INLINE_BYTES: usize = 4096;
 
 /// Tokens of a text, which is refused before the work when it cannot fit the context.
 ///
@@ -27,13 +25,19 @@ pub(crate) async fn tokenize(
         return Err(ApiError::ContextLength { prompt: least, output: 1, limit });
     }
     let tokenizer = Arc::clone(&loaded.text);
-    let encode = move || tokenizer.encode(&text, special);
-    let tokens = if least * loaded.longest_token < INLINE_BYTES {
-        encode()
-    } else {
-        tokio::task::spawn_blocking(encode).await.map_err(|_| ApiError::EngineStopped)?
-    };
-    Ok(tokens?)
+    let encode = move || Ok(tokenizer.encode(&text, special)?);
+    off_thread(encode).await
+}
+
+/// Runs work on a thread where it holds up no connection. A panic in it is the input's failure.
+///
+/// # Errors
+/// Those of `work`.
+pub(crate) async fn off_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let failed = |_| ApiError::invalid("prompt", "the tokenizer failed on it");
+    tokio::task::spawn_blocking(work).await.map_err(failed)?
 }
 
 /// Refuses prompts that hold nothing.
@@ -58,22 +62,19 @@ pub(crate) fn submit(
     generation: &Generation,
     requests: Vec<Request>,
 ) -> Result<Vec<Gather>, ApiError> {
-    let reject = |error: ApiError| {
+    let views: Vec<_> = requests.iter().map(RequestView::of).collect();
+    let submitted = loaded.handle.submit(requests).map_err(|refused| {
+        let error = ApiError::from(refused);
         if let ApiError::Overloaded { limit, .. } = &error {
             state.metrics.rejected(limit);
         }
         error
+    })?;
+    let follow = |(submitted, view): (Submitted, &RequestView)| {
+        state.metrics.request_params(generation.choices.returned().get(), view.max_tokens);
+        Gather::new(submitted, view, generation, &loaded.text, &state.metrics)
     };
-    let tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    loaded.handle.check_room(requests.len(), tokens).map_err(|refused| reject(refused.into()))?;
-    let one = |request: Request| {
-        state.metrics.request_params(generation.n_returned(), request.max_tokens.get());
-        let view = RequestView::of(&request);
-        let submitted = loaded.handle.submit(request).map_err(|refused| reject(refused.into()))?;
-        Ok(Gather::new(submitted, &view, generation, &loaded.text, &state.metrics))
-    };
-    // An error drops those that were submitted, which cancels them.
-    requests.into_iter().map(one).collect()
+    Ok(submitted.into_iter().zip(&views).map(follow).collect())
 }
 
 /// Bytes of the longest token of a vocabulary: what bounds the tokens of a text from below.

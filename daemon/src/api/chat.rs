@@ -3,23 +3,25 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Map, Value, json};
 
 use super::ask;
 use super::auth::ShownKey;
+use super::body::Body;
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
-use super::gather::{Answer, Update, Used, Whole};
-use super::generation::{Delivery, Generation, Reading, TokenIds};
+use super::gather::{Answer, Delta, Update, Whole};
+use super::generation::{Generation, Reading, TokenIds};
+use super::respond::{Envelope, Writer, respond};
 use super::shape;
 use super::state::{ApiState, Loaded};
-use super::stream::{self, Chunks, UsagePlan};
-use crate::model::text::{AddSpecial, ChatRequest, Text};
+use crate::model::text::{AddSpecial, ChatRequest};
 use crate::request::TokenId;
+
+/// The `object` of chunks.
+const CHUNK: &str = "chat.completion.chunk";
 
 /// What the template makes of a body.
 pub(crate) struct Conversation {
@@ -32,18 +34,20 @@ pub(crate) struct Conversation {
     echoed: Option<String>,
 }
 
-struct Writer {
-    id: String,
-    created: u64,
-    model: String,
-    fingerprint: String,
-    text: Arc<Text>,
+struct Chat {
+    envelope: Envelope,
     prompt: Vec<TokenId>,
     echoed: String,
     wants_logprobs: bool,
     wants_prompt_logprobs: bool,
     token_ids: TokenIds,
-    n: usize,
+}
+
+/// What the body asks for.
+struct Ask {
+    generation: Generation,
+    prompt: Vec<TokenId>,
+    echoed: String,
 }
 
 /// Answers a chat, whole or streamed.
@@ -53,61 +57,43 @@ struct Writer {
 pub(crate) async fn complete(
     State(state): State<Arc<ApiState>>,
     Extension(key): Extension<ShownKey>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Response, ApiError> {
     let loaded = state.loaded()?;
-    let mut fields = Fields::parse(&body)?;
-    let logprobs = read_logprobs(&mut fields, state.limits.top_logprobs)?;
-    let max_tokens = match fields.count("max_completion_tokens", 1..=u32::MAX)? {
-        Some(tokens) => {
-            fields.take("max_tokens");
-            Some(tokens)
-        }
-        None => fields.count("max_tokens", 1..=u32::MAX)?,
-    };
-    let conversation = Conversation::read(&mut fields)?;
-    let reading = Reading { state: &state, loaded, key: key.0.as_deref() };
-    let mut generation = Generation::read(&mut fields, reading, logprobs)?;
-    generation.max_tokens = max_tokens;
-    fields.ignore_rest();
-    let prompt = conversation.prompt(loaded).await?;
+    let Ask { generation, prompt, echoed } = read(&state, loaded, &key, &body).await?;
     let default = loaded.text.sampling_defaults().max_new_tokens;
     let request = generation.request(loaded, prompt.clone(), 0, default)?;
-    let writer = Writer {
-        id: format!("chatcmpl-{:x}-{}", state.created, request.id.0),
-        created: super::now(),
-        model: generation.model.clone(),
-        fingerprint: loaded.fingerprint.clone(),
-        text: Arc::clone(&loaded.text),
+    let writer = Chat {
+        envelope: Envelope::new("chatcmpl", request.id, &generation, &state, loaded),
         prompt,
-        echoed: conversation.echoed.unwrap_or_default(),
-        wants_logprobs: logprobs.is_some(),
+        echoed,
+        wants_logprobs: generation.logprobs.is_some(),
         wants_prompt_logprobs: generation.prompt_logprobs.is_some(),
         token_ids: generation.token_ids,
-        n: generation.n_returned() as usize,
     };
     let gathers = ask::submit(&state, loaded, &generation, vec![request])?;
-    match generation.delivery {
-        Delivery::Stream { usage } => {
-            let plan = UsagePlan { when: usage, preemptions: generation.preemptions };
-            Ok(stream::respond(gathers, writer, plan))
-        }
-        Delivery::Whole => {
-            let whole = futures_util::future::try_join_all(
-                gathers.into_iter().map(super::gather::Gather::whole),
-            );
-            let whole = super::within(state.limits.request_timeout, whole).await?;
-            let mut used = Used::default();
-            let mut choices = Vec::new();
-            for one in whole {
-                used = used.plus(one.used);
-                choices.extend(writer.choices(one));
-            }
-            let mut body = writer.envelope("chat.completion", choices);
-            body["usage"] = shape::usage(used, generation.preemptions);
-            Ok(Json(body).into_response())
-        }
-    }
+    respond(&state, gathers, &generation, writer).await
+}
+
+async fn read(
+    state: &ApiState,
+    loaded: &Loaded,
+    key: &ShownKey,
+    body: &[u8],
+) -> Result<Ask, ApiError> {
+    let mut fields = Fields::parse(body)?;
+    let logprobs = read_logprobs(&mut fields, state.limits.top_logprobs)?;
+    let max_tokens = fields.count("max_tokens", 1..=u32::MAX)?;
+    let max_tokens = fields.count("max_completion_tokens", 1..=u32::MAX)?.or(max_tokens);
+    let conversation = Conversation::read(&mut fields)?;
+    let reading = Reading { state, loaded, key: key.0.as_deref() };
+    let mut generation = Generation::read(&mut fields, reading, logprobs)?;
+    fields.ignore_rest();
+    generation.max_tokens = max_tokens;
+    let echoed = conversation.echoed.clone().unwrap_or_default();
+    let prompt = conversation.prompt(loaded).await?;
+    generation.check_prompt_logprobs(prompt.len(), &state.limits)?;
+    Ok(Ask { generation, prompt, echoed })
 }
 
 fn read_logprobs(fields: &mut Fields, most: u32) -> Result<Option<u32>, ApiError> {
@@ -159,23 +145,20 @@ impl Conversation {
     }
 
     /// Renders the template and tokenizes what it gives, away from the threads that serve connections.
-    pub(crate) async fn prompt(&self, loaded: &Loaded) -> Result<Vec<TokenId>, ApiError> {
+    pub(crate) async fn prompt(self, loaded: &Loaded) -> Result<Vec<TokenId>, ApiError> {
         let text = Arc::clone(&loaded.text);
-        let (messages, kwargs) = (self.messages.clone(), self.kwargs.clone());
-        let (add_generation_prompt, continue_final_message) =
-            (self.add_generation_prompt, self.continue_final_message);
+        let special = self.special;
         let render = move || {
-            text.render_chat(&ChatRequest {
-                messages: &messages,
-                add_generation_prompt,
-                continue_final_message,
-                kwargs: &kwargs,
+            Ok(text.render_chat(&ChatRequest {
+                messages: &self.messages,
+                add_generation_prompt: self.add_generation_prompt,
+                continue_final_message: self.continue_final_message,
+                kwargs: &self.kwargs,
                 template: None,
-            })
+            })?)
         };
-        let rendered =
-            tokio::task::spawn_blocking(render).await.map_err(|_| ApiError::EngineStopped)??;
-        ask::check_prompt(ask::tokenize(loaded, rendered, self.special).await?)
+        let rendered = ask::off_thread(render).await?;
+        ask::check_prompt(ask::tokenize(loaded, rendered, special).await?)
     }
 }
 
@@ -229,36 +212,16 @@ fn read_part<'a>(name: &str, part: &'a Value) -> Result<&'a str, ApiError> {
     }
 }
 
-impl Writer {
-    fn envelope(&self, object: &str, choices: Vec<Value>) -> Value {
-        json!({
-            "id": self.id, "object": object, "created": self.created, "model": self.model,
-            "system_fingerprint": self.fingerprint, "choices": choices,
-        })
-    }
-
-    fn choices(&self, mut whole: Whole) -> Vec<Value> {
-        let answers = super::best(std::mem::take(&mut whole.answers), self.n);
-        answers
-            .into_iter()
-            .enumerate()
-            .map(|(index, answer)| self.choice(index, &answer, &whole))
-            .collect()
-    }
-
-    fn choice(&self, index: usize, answer: &Answer, whole: &Whole) -> Value {
+impl Chat {
+    fn choice(&self, (index, answer): (usize, Answer)) -> Value {
         let content = format!("{}{}", self.echoed, answer.text);
-        let logprobs =
-            self.wants_logprobs.then(|| shape::chat_logprobs(&self.text, &answer.logprobs));
-        let mut choice = json!({
-            "index": index, "message": {"role": "assistant", "content": content, "refusal": null}, "logprobs": logprobs,
-        });
+        let message = json!({"role": "assistant", "content": content, "refusal": null});
+        let logprobs = self
+            .wants_logprobs
+            .then(|| shape::chat_logprobs(&self.envelope.text, &answer.logprobs));
+        let mut choice = json!({"index": index, "message": message, "logprobs": logprobs});
         shape::put_finish(&mut choice, answer.finish.as_ref());
-        if self.wants_prompt_logprobs {
-            choice["prompt_logprobs"] = shape::prompt_logprobs(&self.text, &whole.prompt);
-        }
         if self.token_ids == TokenIds::Returned {
-            choice["prompt_token_ids"] = shape::ids(&self.prompt);
             choice["token_ids"] = shape::ids(&answer.tokens);
         }
         choice
@@ -267,28 +230,17 @@ impl Writer {
     fn chunk(&self, index: usize, delta: Value, logprobs: Option<Value>) -> Value {
         let mut choice = json!({"index": index, "delta": delta, "logprobs": logprobs});
         shape::put_finish(&mut choice, None);
-        self.envelope("chat.completion.chunk", vec![choice])
-    }
-}
-
-impl Chunks for Writer {
-    fn opening(&mut self) -> Vec<Value> {
-        (0..self.n)
-            .map(|index| {
-                self.chunk(index, json!({"role": "assistant", "content": self.echoed}), None)
-            })
-            .collect()
+        self.envelope.wrap(CHUNK, vec![choice])
     }
 
-    fn of(&mut self, _prompt: usize, update: Update) -> Vec<Value> {
-        let Update::Delta(delta) = update else { return Vec::new() };
+    fn delta(&self, delta: &Delta) -> Option<Value> {
         let says_nothing =
             delta.text.is_empty() && delta.logprobs.is_empty() && delta.finish.is_none();
         if says_nothing && self.token_ids == TokenIds::Left {
-            return Vec::new();
+            return None;
         }
-        let logprobs =
-            (!delta.logprobs.is_empty()).then(|| shape::chat_logprobs(&self.text, &delta.logprobs));
+        let logprobs = (!delta.logprobs.is_empty())
+            .then(|| shape::chat_logprobs(&self.envelope.text, &delta.logprobs));
         let content =
             if delta.text.is_empty() { json!({}) } else { json!({"content": delta.text}) };
         let mut chunk = self.chunk(delta.choice as usize, content, logprobs);
@@ -296,10 +248,46 @@ impl Chunks for Writer {
         if self.token_ids == TokenIds::Returned {
             chunk["choices"][0]["token_ids"] = shape::ids(&delta.tokens);
         }
-        vec![chunk]
+        Some(chunk)
+    }
+}
+
+impl Writer for Chat {
+    /// The prompt's tokens and log-probabilities stand beside the choices, as in vLLM.
+    fn whole(&self, whole: Vec<Whole>) -> Value {
+        let (prompts, answers): (Vec<_>, Vec<_>) =
+            whole.into_iter().map(|whole| (whole.prompt, whole.answers)).unzip();
+        let answers = answers.into_iter().flatten().enumerate();
+        let mut body =
+            self.envelope.wrap("chat.completion", answers.map(|one| self.choice(one)).collect());
+        if self.wants_prompt_logprobs {
+            body["prompt_logprobs"] =
+                shape::prompt_logprobs(&self.envelope.text, &prompts.concat());
+        }
+        if self.token_ids == TokenIds::Returned {
+            body["prompt_token_ids"] = shape::ids(&self.prompt);
+        }
+        body
+    }
+
+    fn opening(&mut self, index: usize) -> Option<Value> {
+        let role = json!({"role": "assistant", "content": self.echoed});
+        let mut chunk = (index < self.envelope.n).then(|| self.chunk(index, role, None))?;
+        if index == 0 && self.token_ids == TokenIds::Returned {
+            chunk["prompt_token_ids"] = shape::ids(&self.prompt);
+        }
+        Some(chunk)
+    }
+
+    fn chunks(&mut self, _prompt: usize, update: Update) -> Vec<Value> {
+        match update {
+            Update::Delta(delta) => self.delta(&delta).into_iter().collect(),
+            // Neither is streamed.
+            Update::Prompt(_) | Update::Beams(_) => Vec::new(),
+        }
     }
 
     fn empty(&self) -> Value {
-        self.envelope("chat.completion.chunk", Vec::new())
+        self.envelope.wrap(CHUNK, Vec::new())
     }
 }

@@ -3,23 +3,25 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::ask;
 use super::auth::ShownKey;
+use super::body::Body;
 use super::error::ApiError;
 use super::fields::{Fields, token_ids, wrong};
-use super::gather::{Answer, Update, Used, Whole};
-use super::generation::{Choices, Delivery, Generation, Reading, TokenIds};
+use super::gather::{Answer, Delta, Finish, Update, Whole};
+use super::generation::{Choices, Generation, Reading, TokenIds};
+use super::respond::{Envelope, Writer, respond};
 use super::shape::{self, CompletionLogprobs};
-use super::state::{ApiState, Loaded};
-use super::stream::{self, Chunks, UsagePlan};
-use crate::model::text::{AddSpecial, SpecialTokens, Text};
-use crate::request::TokenId;
+use super::state::{ApiLimits, ApiState, Loaded};
+use crate::model::text::{AddSpecial, SpecialTokens};
+use crate::request::{FinishReason, RequestId, TokenId, TokenLogprobs};
+
+/// The `object` of answers and chunks.
+const OBJECT: &str = "text_completion";
 
 /// OpenAI's default of `max_tokens`.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -42,19 +44,16 @@ struct Ask {
 }
 
 /// What every choice of an answer is written with.
-struct Writer {
-    id: String,
-    created: u64,
-    model: String,
-    fingerprint: String,
-    text: Arc<Text>,
+struct Completion {
+    envelope: Envelope,
     prompts: Vec<Vec<TokenId>>,
     echo: Echo,
     logprobs: Option<u32>,
     wants_prompt_logprobs: bool,
     special: SpecialTokens,
     token_ids: TokenIds,
-    n: usize,
+    /// Characters of streamed log-probabilities told so far, by index of the choice.
+    offsets: Vec<usize>,
 }
 
 /// Answers a completion, whole or streamed.
@@ -64,45 +63,28 @@ struct Writer {
 pub(crate) async fn complete(
     State(state): State<Arc<ApiState>>,
     Extension(key): Extension<ShownKey>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Response, ApiError> {
     let loaded = state.loaded()?;
-    let ask = read(&state, loaded, &key, &body).await?;
+    let Ask { generation, prompts, echo } = read(&state, loaded, &key, &body).await?;
     let request = |(index, prompt): (u32, &Vec<TokenId>)| {
-        ask.generation.request(loaded, prompt.clone(), index, Some(DEFAULT_MAX_TOKENS))
+        generation.request(loaded, prompt.clone(), index, Some(DEFAULT_MAX_TOKENS))
     };
-    let requests = (0..).zip(&ask.prompts).map(request).collect::<Result<Vec<_>, _>>()?;
-    let id = requests.first().map_or(0, |request| request.id.0);
-    let gathers = ask::submit(&state, loaded, &ask.generation, requests)?;
-    let generation = ask.generation;
-    let writer = Writer {
-        id: format!("cmpl-{:x}-{id}", state.created),
-        created: super::now(),
-        model: generation.model.clone(),
-        fingerprint: loaded.fingerprint.clone(),
-        text: Arc::clone(&loaded.text),
-        prompts: ask.prompts,
-        echo: ask.echo,
+    let requests = (0..).zip(&prompts).map(request).collect::<Result<Vec<_>, _>>()?;
+    let id = requests.first().map_or(RequestId(0), |request| request.id);
+    let gathers = ask::submit(&state, loaded, &generation, requests)?;
+    let envelope = Envelope::new("cmpl", id, &generation, &state, loaded);
+    let writer = Completion {
+        offsets: vec![0; prompts.len() * envelope.n],
+        envelope,
+        prompts,
+        echo,
         logprobs: generation.logprobs,
         wants_prompt_logprobs: generation.prompt_logprobs.is_some(),
         special: generation.special,
         token_ids: generation.token_ids,
-        n: generation.n_returned() as usize,
     };
-    match generation.delivery {
-        Delivery::Stream { usage } => {
-            let plan = UsagePlan { when: usage, preemptions: generation.preemptions };
-            let offsets = vec![0; writer.prompts.len() * writer.n];
-            Ok(stream::respond(gathers, Streamed { writer, offsets }, plan))
-        }
-        Delivery::Whole => {
-            let whole = futures_util::future::try_join_all(
-                gathers.into_iter().map(super::gather::Gather::whole),
-            );
-            let whole = super::within(state.limits.request_timeout, whole).await?;
-            Ok(Json(writer.whole(whole, &generation)).into_response())
-        }
-    }
+    respond(&state, gathers, &generation, writer).await
 }
 
 async fn read(
@@ -131,12 +113,29 @@ async fn read(
     generation.max_tokens = max_tokens;
     if echo != Echo::Off {
         generation.prompt_logprobs = generation.prompt_logprobs.or(logprobs);
-        if matches!(generation.choices, Choices::Beams(_)) {
+        if matches!(generation.choices, Choices::Beams { .. }) {
             return Err(ApiError::invalid("echo", "is not supported with use_beam_search"));
         }
     }
-    let prompts = read_prompts(state, loaded, prompt, special).await?;
-    Ok(Ask { generation, prompts, echo })
+    let ask =
+        Ask { generation, prompts: read_prompts(state, loaded, prompt, special).await?, echo };
+    ask.check_repeats(&state.limits)?;
+    Ok(ask)
+}
+
+impl Ask {
+    /// Refuses answers that would say long prompts many times: each choice repeats what is asked of its prompt.
+    fn check_repeats(&self, limits: &ApiLimits) -> Result<(), ApiError> {
+        let n = self.generation.choices.returned().get() as usize;
+        let tokens = n * self.prompts.iter().map(Vec::len).sum::<usize>();
+        self.generation.check_prompt_logprobs(tokens, limits)?;
+        let most = limits.body_bytes;
+        if self.echo != Echo::Off && tokens > most {
+            let said = format!("would repeat {tokens} tokens, wanted at most {most}");
+            return Err(ApiError::invalid("echo", said));
+        }
+        Ok(())
+    }
 }
 
 /// A string, token ids, or an array of either.
@@ -171,63 +170,34 @@ async fn read_prompts(
     Ok(prompts)
 }
 
-impl Writer {
-    fn envelope(&self, choices: Vec<Value>) -> Value {
-        json!({
-            "id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-            "system_fingerprint": self.fingerprint, "choices": choices,
-        })
-    }
-
-    fn whole(&self, whole: Vec<Whole>, generation: &Generation) -> Value {
-        let mut used = Used::default();
-        let mut choices = Vec::new();
-        for (prompt, mut whole) in whole.into_iter().enumerate() {
-            if self.echo == Echo::PromptOnly {
-                whole.used.output_tokens = 0;
-            }
-            used = used.plus(whole.used);
-            let answers = super::best(std::mem::take(&mut whole.answers), self.n);
-            choices.extend(
-                answers
-                    .into_iter()
-                    .enumerate()
-                    .map(|(at, answer)| self.choice(prompt, at, answer, &whole)),
-            );
-        }
-        let mut body = self.envelope(choices);
-        body["usage"] = shape::usage(used, generation.preemptions);
-        body
-    }
-
-    fn choice(&self, prompt: usize, at: usize, mut answer: Answer, whole: &Whole) -> Value {
+impl Completion {
+    fn choice(
+        &self,
+        prompt: usize,
+        at: usize,
+        mut answer: Answer,
+        whole: &[TokenLogprobs],
+    ) -> Value {
         let tokens = &self.prompts[prompt];
         if self.echo == Echo::PromptOnly {
-            answer = Answer { finish: answer.finish.take(), ..Answer::default() };
-            if let Some(finish) = &mut answer.finish {
-                finish.reason = crate::request::FinishReason::Length;
-                finish.cause = None;
-            }
+            answer =
+                Answer { finish: answer.finish.take().map(|_| OF_PROMPT), ..Answer::default() };
         }
-        let shown = match self.echo {
-            Echo::Off => String::new(),
-            Echo::Prompt | Echo::PromptOnly => self.text.decode(tokens, self.special),
-        };
+        let index = prompt * self.envelope.n + at;
         let logprobs = self.logprobs.map(|_| {
-            let (mut logprobs, mut offset) = (CompletionLogprobs::default(), 0);
+            let mut logprobs = self.logprobs_from(0);
             if self.echo != Echo::Off {
-                logprobs.push_first(&self.text, tokens[0], &mut offset);
-                whole.prompt.iter().for_each(|one| logprobs.push(&self.text, one, &mut offset));
+                logprobs.push_first(tokens[0]);
+                whole.iter().for_each(|one| logprobs.push(one));
             }
-            answer.logprobs.iter().for_each(|one| logprobs.push(&self.text, one, &mut offset));
+            answer.logprobs.iter().for_each(|one| logprobs.push(one));
             logprobs.into_json()
         });
-        let mut choice = json!({
-            "index": prompt * self.n + at, "text": shown + &answer.text, "logprobs": logprobs,
-        });
+        let text = self.echoed(prompt) + &answer.text;
+        let mut choice = json!({"index": index, "text": text, "logprobs": logprobs});
         shape::put_finish(&mut choice, answer.finish.as_ref());
         if self.wants_prompt_logprobs {
-            choice["prompt_logprobs"] = shape::prompt_logprobs(&self.text, &whole.prompt);
+            choice["prompt_logprobs"] = shape::prompt_logprobs(&self.envelope.text, whole);
         }
         if self.token_ids == TokenIds::Returned {
             choice["prompt_token_ids"] = shape::ids(tokens);
@@ -235,98 +205,119 @@ impl Writer {
         }
         choice
     }
-}
 
-/// A completion in chunks.
-struct Streamed {
-    writer: Writer,
-    /// Characters told so far, by index of the choice.
-    offsets: Vec<usize>,
-}
+    /// The text of a prompt where it is wanted.
+    fn echoed(&self, prompt: usize) -> String {
+        match self.echo {
+            Echo::Off => String::new(),
+            Echo::Prompt | Echo::PromptOnly => {
+                self.envelope.text.decode(&self.prompts[prompt], self.special)
+            }
+        }
+    }
 
-impl Streamed {
-    fn indices(&self, prompt: usize) -> std::ops::Range<usize> {
-        prompt * self.writer.n..(prompt + 1) * self.writer.n
+    fn logprobs_from(&self, offset: usize) -> CompletionLogprobs<'_> {
+        CompletionLogprobs::new(&self.envelope.text, self.special, offset)
     }
 
     fn chunk(&self, index: usize, text: String, logprobs: Option<Value>) -> Value {
         let mut choice = json!({"index": index, "text": text, "logprobs": logprobs});
         shape::put_finish(&mut choice, None);
-        self.writer.envelope(vec![choice])
+        self.envelope.wrap(OBJECT, vec![choice])
     }
 
     /// The prompt's own log-probabilities, for every choice.
-    fn prompt_chunks(
-        &mut self,
-        prompt: usize,
-        logprobs: &[crate::request::TokenLogprobs],
-    ) -> Vec<Value> {
-        if self.writer.echo == Echo::Off || self.writer.logprobs.is_none() {
+    fn prompt_chunks(&mut self, prompt: usize, logprobs: &[TokenLogprobs]) -> Vec<Value> {
+        if self.echo == Echo::Off || self.logprobs.is_none() {
             return Vec::new();
         }
-        let indices = self.indices(prompt);
+        let n = self.envelope.n;
         let chunk = |index: usize| {
-            let mut written = CompletionLogprobs::default();
-            let offset = &mut self.offsets[index];
-            if *offset == 0 {
-                written.push_first(&self.writer.text, self.writer.prompts[prompt][0], offset);
+            let mut written = self.logprobs_from(self.offsets[index]);
+            if self.offsets[index] == 0 {
+                written.push_first(self.prompts[prompt][0]);
             }
-            logprobs.iter().for_each(|one| written.push(&self.writer.text, one, offset));
-            (index, written.into_json())
+            logprobs.iter().for_each(|one| written.push(one));
+            let offset = written.offset();
+            (offset, self.chunk(index, String::new(), Some(written.into_json())))
         };
-        let written: Vec<_> = indices.map(chunk).collect();
-        written
-            .into_iter()
-            .map(|(index, json)| self.chunk(index, String::new(), Some(json)))
-            .collect()
-    }
-}
-
-impl Chunks for Streamed {
-    fn opening(&mut self) -> Vec<Value> {
-        if self.writer.echo == Echo::Off {
-            return Vec::new();
-        }
-        let shown = |prompt: usize| {
-            self.writer.text.decode(&self.writer.prompts[prompt], self.writer.special)
-        };
-        (0..self.offsets.len())
-            .map(|index| self.chunk(index, shown(index / self.writer.n), None))
-            .collect()
+        let (offsets, chunks): (Vec<_>, Vec<_>) = (prompt * n..(prompt + 1) * n).map(chunk).unzip();
+        self.offsets[prompt * n..(prompt + 1) * n].copy_from_slice(&offsets);
+        chunks
     }
 
-    fn of(&mut self, prompt: usize, update: Update) -> Vec<Value> {
-        let delta = match update {
-            Update::Prompt(logprobs) => return self.prompt_chunks(prompt, &logprobs),
-            Update::Beams(_) => return Vec::new(),
-            Update::Delta(delta) => delta,
-        };
-        let only_prompt = self.writer.echo == Echo::PromptOnly;
+    fn delta(&mut self, prompt: usize, delta: Delta) -> Option<Value> {
+        let only_prompt = self.echo == Echo::PromptOnly;
         let says_nothing =
             delta.text.is_empty() && delta.logprobs.is_empty() && delta.finish.is_none();
         if (only_prompt && delta.finish.is_none())
-            || (says_nothing && self.writer.token_ids == TokenIds::Left)
+            || (says_nothing && self.token_ids == TokenIds::Left)
         {
-            return Vec::new();
+            return None;
         }
-        let index = prompt * self.writer.n + delta.choice as usize;
-        let (text, logprobs) =
-            if only_prompt { (String::new(), Vec::new()) } else { (delta.text, delta.logprobs) };
-        let written = (!logprobs.is_empty()).then(|| {
-            let mut written = CompletionLogprobs::default();
-            let offset = &mut self.offsets[index];
-            logprobs.iter().for_each(|one| written.push(&self.writer.text, one, offset));
-            written.into_json()
-        });
-        let mut chunk = self.chunk(index, text, written);
+        let index = prompt * self.envelope.n + delta.choice as usize;
+        let delta = if only_prompt {
+            let finish = delta.finish.map(|_| OF_PROMPT);
+            Delta { text: String::new(), tokens: Vec::new(), logprobs: Vec::new(), finish, ..delta }
+        } else {
+            delta
+        };
+        let mut logprobs = None;
+        if !delta.logprobs.is_empty() {
+            let mut written = self.logprobs_from(self.offsets[index]);
+            delta.logprobs.iter().for_each(|one| written.push(one));
+            let offset = written.offset();
+            logprobs = Some(written.into_json());
+            self.offsets[index] = offset;
+        }
+        let mut chunk = self.chunk(index, delta.text, logprobs);
         shape::put_finish(&mut chunk["choices"][0], delta.finish.as_ref());
-        if self.writer.token_ids == TokenIds::Returned {
+        if self.token_ids == TokenIds::Returned {
             chunk["choices"][0]["token_ids"] = shape::ids(&delta.tokens);
         }
-        vec![chunk]
+        Some(chunk)
+    }
+}
+
+impl Writer for Completion {
+    fn whole(&self, whole: Vec<Whole>) -> Value {
+        let of_prompt = |(prompt, whole): (usize, Whole)| {
+            let answers = whole.answers.into_iter().enumerate();
+            answers
+                .map(|(at, answer)| self.choice(prompt, at, answer, &whole.prompt))
+                .collect::<Vec<_>>()
+        };
+        let choices = whole.into_iter().enumerate().flat_map(of_prompt).collect();
+        self.envelope.wrap(OBJECT, choices)
+    }
+
+    /// Where the prompt or its tokens are wanted.
+    fn opening(&mut self, index: usize) -> Option<Value> {
+        let prompt = index / self.envelope.n;
+        let tokens = self.prompts.get(prompt)?;
+        if self.echo == Echo::Off && self.token_ids == TokenIds::Left {
+            return None;
+        }
+        let mut chunk = self.chunk(index, self.echoed(prompt), None);
+        if self.token_ids == TokenIds::Returned {
+            chunk["choices"][0]["prompt_token_ids"] = shape::ids(tokens);
+        }
+        Some(chunk)
+    }
+
+    fn chunks(&mut self, prompt: usize, update: Update) -> Vec<Value> {
+        match update {
+            Update::Prompt(logprobs) => self.prompt_chunks(prompt, &logprobs),
+            // Beams are not streamed.
+            Update::Beams(_) => Vec::new(),
+            Update::Delta(delta) => self.delta(prompt, delta).into_iter().collect(),
+        }
     }
 
     fn empty(&self) -> Value {
-        self.writer.envelope(Vec::new())
+        self.envelope.wrap(OBJECT, Vec::new())
     }
 }
+
+/// The end of an answer of no tokens, whatever the token that was computed would have ended.
+const OF_PROMPT: Finish = Finish { reason: FinishReason::Length, cause: None };

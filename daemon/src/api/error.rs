@@ -43,6 +43,10 @@ pub enum ApiError {
     Draining { retry_after: Duration },
     #[error("the request took longer than {} s", limit.as_secs())]
     Timeout { limit: Duration },
+    #[error("the body did not come within {} s", limit.as_secs())]
+    SlowBody { limit: Duration },
+    #[error("the body cannot be read: the connection broke off")]
+    BrokenBody,
     #[error("the engine has stopped")]
     EngineStopped,
 }
@@ -73,6 +77,8 @@ impl ApiError {
             Self::Loading => "model_loading",
             Self::Draining { .. } => "draining",
             Self::Timeout { .. } => "timeout",
+            Self::SlowBody { .. } => "body_too_slow",
+            Self::BrokenBody => "body_broken",
             Self::EngineStopped => "engine_stopped",
         }
     }
@@ -94,13 +100,14 @@ impl ApiError {
             | Self::Invalid { .. }
             | Self::Unsupported { .. }
             | Self::ContextLength { .. }
+            | Self::BrokenBody
             | Self::Template(_) => StatusCode::BAD_REQUEST,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnknownModel(_) | Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Timeout { .. } => StatusCode::REQUEST_TIMEOUT,
+            Self::Timeout { .. } | Self::SlowBody { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::Loading | Self::Draining { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::EngineStopped => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -160,6 +167,7 @@ impl From<Refused> for ApiError {
             Refused::Stopped => Self::EngineStopped,
             Refused::NeverFits { .. } => Self::invalid("max_tokens", message),
             Refused::TooWide { .. } => Self::invalid("n", message),
+            Refused::TooManyAtOnce { .. } => Self::invalid("prompt", message),
         }
     }
 }

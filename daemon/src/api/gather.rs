@@ -86,6 +86,10 @@ pub(crate) struct Gather {
     include_stop: IncludeStop,
     special: SpecialTokens,
     wants_logprobs: bool,
+    /// How many of the choices the client gets.
+    returned: usize,
+    /// Whether generated tokens are the client's: not where it asked for the prompt alone.
+    counts_output: bool,
     pub(crate) used: Used,
     arrived: Instant,
     metrics: Arc<Metrics>,
@@ -117,6 +121,8 @@ impl Gather {
             include_stop: generation.include_stop,
             special: generation.special,
             wants_logprobs: generation.logprobs.is_some(),
+            returned: generation.choices.returned().get() as usize,
+            counts_output: generation.max_tokens != Some(0),
             used: Used { prompt_tokens: request.prompt.len(), ..Used::default() },
             arrived: Instant::now(),
             metrics: Arc::clone(metrics),
@@ -177,7 +183,7 @@ impl Gather {
         let own = self.choices.get_mut(choice as usize).filter(|own| !own.ended)?;
         own.n_tokens += 1;
         own.cumulative_logprob += logprob;
-        self.used.output_tokens += 1;
+        self.used.output_tokens += usize::from(self.counts_output);
         match own.last_token.replace(Instant::now()) {
             None => self.metrics.first_token(self.arrived.elapsed()),
             Some(before) => self.metrics.inter_token(before.elapsed()),
@@ -186,7 +192,12 @@ impl Gather {
             own.n_tokens >= self.min_tokens && self.stop_tokens.binary_search(&token).is_ok();
         let silent = ends && self.include_stop == IncludeStop::No;
         let piece = if silent { String::new() } else { own.detokenizer.push(token) };
-        let (text, finish) = match own.stops.push(&piece) {
+        // As in vLLM: the text of the first min_tokens tokens is no part of a stop string.
+        let held = match own.n_tokens <= self.min_tokens {
+            true => Held::Text(piece),
+            false => own.stops.push(&piece),
+        };
+        let (text, finish) = match held {
             Held::Text(text) => (text, None),
             Held::Stopped { text, stop } => {
                 own.ended = true;
@@ -245,12 +256,14 @@ impl Gather {
                 tokens: beam.tokens,
             }
         };
-        let answers: Vec<Answer> = beams.into_iter().map(answer).collect();
+        let mut answers: Vec<Answer> = beams.into_iter().map(answer).collect();
         self.used.output_tokens = answers.iter().map(|answer| answer.tokens.len()).sum();
+        answers.truncate(self.returned);
         answers
     }
 
-    /// Waits for everything: the answers, the prompt's log-probabilities and what it cost.
+    /// Waits for everything: the answers (the most likely of them when not all are wanted), the prompt's
+    /// log-probabilities and what it cost.
     ///
     /// # Errors
     /// When the engine is gone.
@@ -272,6 +285,10 @@ impl Gather {
             if own.n_tokens > 0 {
                 answer.cumulative_logprob = own.cumulative_logprob;
             }
+        }
+        if answers.len() > self.returned {
+            answers.sort_by(|a, b| b.cumulative_logprob.total_cmp(&a.cumulative_logprob));
+            answers.truncate(self.returned);
         }
         Ok(Whole { answers, prompt, used: self.used })
     }
@@ -301,6 +318,7 @@ pub(crate) struct RequestView {
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) stop_tokens: Arc<[TokenId]>,
     pub(crate) choices: u32,
+    pub(crate) max_tokens: u32,
 }
 
 impl RequestView {
@@ -310,7 +328,7 @@ impl RequestView {
             Decoding::Beam(_) => 1,
         };
         let (prompt, stop_tokens) = (Arc::clone(&request.prompt), Arc::clone(&request.stop_tokens));
-        Self { prompt, stop_tokens, choices }
+        Self { prompt, stop_tokens, choices, max_tokens: request.max_tokens.get() }
     }
 }
 

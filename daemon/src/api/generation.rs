@@ -13,10 +13,9 @@ use crate::request::{BeamParams, Decoding, EarlyStopping, Request, Salt, TokenId
 use crate::sampling::Params;
 
 /// Known fields that ask for something that is not done here, and are refused rather than ignored.
-const UNSUPPORTED: [&str; 26] = [
+const UNSUPPORTED: [&str; 25] = [
     "tools",
     "functions",
-    "function_call",
     "suffix",
     "audio",
     "prediction",
@@ -75,15 +74,22 @@ pub(crate) enum TokenIds {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Choices {
     Sampled { returned: NonZeroU32, computed: NonZeroU32 },
-    Beams(BeamParams),
+    Beams { returned: NonZeroU32, params: BeamParams },
 }
 
 impl Choices {
+    /// How many choices of each prompt a client gets.
+    pub(crate) fn returned(self) -> NonZeroU32 {
+        match self {
+            Self::Sampled { returned, .. } | Self::Beams { returned, .. } => returned,
+        }
+    }
+
     /// What choosing the best answers needs at each position.
     fn by_logprob(self) -> Option<u32> {
         match self {
             Self::Sampled { returned, computed } if computed > returned => Some(0),
-            Self::Sampled { .. } | Self::Beams(_) => None,
+            Self::Sampled { .. } | Self::Beams { .. } => None,
         }
     }
 }
@@ -130,21 +136,16 @@ impl Generation {
         let delivery = read_delivery(fields)?;
         let choices = read_choices(fields, limits, delivery)?;
         let stop = fields.strings("stop", limits.stop_strings, limits.stop_string_bytes)?;
-        if matches!(choices, Choices::Beams(_)) && !stop.is_empty() {
-            return Err(ApiError::invalid(
-                "stop",
-                "stop strings are not supported with use_beam_search",
-            ));
-        }
         let salt = fields.string("cache_salt", 1024)?;
         let include = fields.bool("include_stop_str_in_output", false)?;
         let skip_special = fields.bool("skip_special_tokens", true)?;
         // Accepted and without effect on byte-exact detokenizing.
         fields.bool("spaces_between_special_tokens", true)?;
-        Ok(Self {
+        let params = read_params(fields, reading, logprobs.or_else(|| choices.by_logprob()))?;
+        let generation = Self {
             model,
             choices,
-            params: read_params(fields, reading, logprobs.or_else(|| choices.by_logprob()))?,
+            params,
             logprobs,
             max_tokens: None,
             stop,
@@ -166,15 +167,57 @@ impl Generation {
             } else {
                 TokenIds::Left
             },
-        })
+        };
+        generation.check_combinations(reading.loaded)?;
+        Ok(generation)
     }
 
-    /// How many choices of each prompt a client gets.
-    pub(crate) fn n_returned(&self) -> u32 {
-        match self.choices {
-            Choices::Sampled { returned, .. } => returned.get(),
-            Choices::Beams(beams) => beams.width.get(),
+    /// Refuses what is asked for together and would be without effect.
+    fn check_combinations(&self, loaded: &Loaded) -> Result<(), ApiError> {
+        let Self { params, .. } = self;
+        let streamed = matches!(self.delivery, Delivery::Stream { .. });
+        if streamed && self.prompt_logprobs.is_some() {
+            return Err(ApiError::invalid("prompt_logprobs", "cannot be streamed"));
         }
+        if !matches!(self.choices, Choices::Beams { .. }) {
+            return Ok(());
+        }
+        // Beams are not drawn: temperature, seed, top_k, top_p and min_p have no meaning, as in vLLM. What would change
+        // which beams are best, or what is told of them, is refused.
+        let repetition = loaded.text.sampling_defaults().repetition_penalty.unwrap_or(1.0);
+        let penalties = [
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty - repetition,
+        ];
+        let without_effect = [
+            ("stop", !self.stop.is_empty()),
+            ("logprobs", self.logprobs.is_some()),
+            ("logit_bias", !params.logit_bias.is_empty()),
+            ("min_tokens", params.min_tokens > 0),
+            ("presence_penalty, frequency_penalty and repetition_penalty", penalties != [0.0; 3]),
+        ];
+        match without_effect.iter().find(|(_, asked)| *asked) {
+            Some((param, _)) => {
+                Err(ApiError::invalid(*param, "is not supported with use_beam_search"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses an answer that would hold too many log-probabilities of `tokens` prompt tokens.
+    pub(crate) fn check_prompt_logprobs(
+        &self,
+        tokens: usize,
+        limits: &ApiLimits,
+    ) -> Result<(), ApiError> {
+        let most = limits.prompt_logprobs;
+        let entries = self.prompt_logprobs.map_or(0, |top| tokens * (top as usize + 1));
+        if entries > most {
+            let message = format!("the answer would hold {entries} of them, wanted at most {most}");
+            return Err(ApiError::invalid("prompt_logprobs", message));
+        }
+        Ok(())
     }
 
     /// The request for one of the client's prompts.
@@ -212,7 +255,7 @@ impl Generation {
             Choices::Sampled { computed, .. } => {
                 Decoding::Sample { params: Arc::new(params), choices: computed }
             }
-            Choices::Beams(beams) => Decoding::Beam(beams),
+            Choices::Beams { params, .. } => Decoding::Beam(params),
         };
         Ok(Request {
             id: loaded.handle.next_id(),
@@ -231,13 +274,16 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     let is_empty = |value: &Value| match value {
         Value::Array(items) => items.is_empty(),
         Value::String(text) => text.is_empty(),
+        Value::Object(map) => map.is_empty(),
         Value::Bool(on) => !on,
         _ => false,
     };
     UNSUPPORTED.iter().try_for_each(|name| {
         fields.refuse(name, |value| is_empty(value) || *name == "parallel_tool_calls")
     })?;
-    fields.refuse("tool_choice", |value| matches!(value.as_str(), Some("none" | "auto")))?;
+    for name in ["tool_choice", "function_call"] {
+        fields.refuse(name, |value| matches!(value.as_str(), Some("none" | "auto")))?;
+    }
     fields.refuse("response_format", |value| {
         value.get("type").and_then(Value::as_str) == Some("text")
     })?;
@@ -297,21 +343,16 @@ fn read_choices(
         }
         Delivery::Whole => Ok(()),
     };
-    if beam {
-        whole_only("use_beam_search")?;
-        let width = n.max(best_of);
-        return Ok(Choices::Beams(BeamParams {
-            width,
-            length_penalty,
-            early_stopping,
-            ignore_eos: false,
-        }));
-    }
     if best_of < n {
         return Err(ApiError::invalid(
             "best_of",
             format!("wanted at least n ({n}), got {best_of}"),
         ));
+    }
+    if beam {
+        whole_only("use_beam_search")?;
+        let params = BeamParams { width: best_of, length_penalty, early_stopping };
+        return Ok(Choices::Beams { returned: n, params });
     }
     if best_of > n {
         whole_only("best_of")?;

@@ -3,28 +3,29 @@
 mod admin;
 pub mod ask;
 mod auth;
+mod body;
 mod chat;
 mod completions;
 pub mod error;
 mod fields;
 mod gather;
 mod generation;
+mod respond;
 pub mod server;
 mod shape;
 pub mod state;
 mod stream;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
 
 use error::ApiError;
-use gather::Answer;
 use state::ApiState;
 
 /// Every route.
@@ -37,18 +38,17 @@ pub fn router(state: Arc<ApiState>) -> Router {
         .route("/tokenize", post(admin::tokenize))
         .route("/detokenize", post(admin::detokenize))
         .route("/version", get(admin::version))
-        .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
-        .layer(middleware::map_response_with_state(Arc::clone(&state), shape_refusal))
         .layer(DefaultBodyLimit::max(state.limits.body_bytes))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), count))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::check_key));
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::check_key))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), count));
     Router::new()
         .route("/health", get(admin::health))
         .route("/healthz", get(admin::healthz))
         .route("/readyz", get(admin::readyz))
         .route("/metrics", get(admin::metrics))
         .merge(guarded)
+        .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn(auth::name_request))
         .with_state(state)
 }
@@ -61,16 +61,6 @@ async fn not_found(request: Request) -> ApiError {
 async fn method_not_allowed(request: Request) -> ApiError {
     let path = request.uri().path().chars().take(200).collect();
     ApiError::MethodNotAllowed { method: request.method().to_string(), path }
-}
-
-/// What the framework refuses itself is said in OpenAI's shape too.
-async fn shape_refusal(State(state): State<Arc<ApiState>>, response: Response) -> Response {
-    match response.status() {
-        axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
-            ApiError::BodyTooLarge { limit: state.limits.body_bytes }.into_response()
-        }
-        _ => response,
-    }
 }
 
 /// Counts answers by route, method and class of status.
@@ -89,21 +79,4 @@ async fn count(State(state): State<Arc<ApiState>>, request: Request, next: Next)
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// The result of `work`, unless it takes longer than `limit`: then it is dropped, which cancels its requests.
-async fn within<T>(
-    limit: Duration,
-    work: impl Future<Output = Result<T, ApiError>>,
-) -> Result<T, ApiError> {
-    tokio::time::timeout(limit, work).await.unwrap_or(Err(ApiError::Timeout { limit }))
-}
-
-/// The `n` most likely of the answers, in their order of likelihood when some are left out.
-fn best(mut answers: Vec<Answer>, n: usize) -> Vec<Answer> {
-    if answers.len() > n {
-        answers.sort_by(|a, b| b.cumulative_logprob.total_cmp(&a.cumulative_logprob));
-        answers.truncate(n);
-    }
-    answers
 }

@@ -77,6 +77,9 @@ pub async fn serve(
                     drop(place);
                 });
             }
+            Err(error) if is_of_client(&error) => {
+                tracing::debug!(%error, "a client went away before it was accepted");
+            }
             Err(error) => {
                 // Such as too many open files: others must end before the next can come.
                 tracing::warn!(%error, "a connection cannot be accepted");
@@ -86,6 +89,12 @@ pub async fn serve(
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
+}
+
+/// Whether one client's connection failed, which says nothing about the next.
+fn is_of_client(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
 /// Waits until the server closes, or nobody can say so any more.
@@ -103,8 +112,8 @@ async fn accept(
     let stream: Box<dyn Connection> = match listener {
         Listener::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
-            // Tokens are small and should leave at once.
-            stream.set_nodelay(true)?;
+            // Tokens are small and should leave at once. It fails only where the client has gone.
+            drop(stream.set_nodelay(true));
             Box::new(stream)
         }
         Listener::Unix(listener) => Box::new(listener.accept().await?.0),
@@ -244,7 +253,7 @@ mod tests {
     use futures_util::stream;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
-    use tokio::sync::mpsc;
+    use tokio::sync::{Notify, mpsc};
 
     use super::*;
 
@@ -255,6 +264,10 @@ mod tests {
         task: tokio::task::JoinHandle<()>,
         /// Told when a flood's body is dropped.
         dropped: mpsc::UnboundedReceiver<()>,
+        /// Told when a gated request has begun.
+        entered: mpsc::UnboundedReceiver<()>,
+        /// Lets a gated request end.
+        gate: Arc<Notify>,
     }
 
     struct Tells(mpsc::UnboundedSender<()>);
@@ -274,8 +287,21 @@ mod tests {
             });
             async { Body::from_stream(chunks) }
         };
-        let app =
-            Router::new().route("/hello", get(|| async { "hello" })).route("/flood", get(flood));
+        let (enter, entered) = mpsc::unbounded_channel();
+        let gate = Arc::new(Notify::new());
+        let waits = Arc::clone(&gate);
+        let gated = move || {
+            enter.send(()).unwrap();
+            let waits = Arc::clone(&waits);
+            async move {
+                waits.notified().await;
+                "done"
+            }
+        };
+        let app = Router::new()
+            .route("/hello", get(|| async { "hello" }))
+            .route("/flood", get(flood))
+            .route("/gated", get(gated));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (phase, watched) = watch::channel(Phase::Serving);
@@ -287,7 +313,7 @@ mod tests {
             watched,
             Arc::clone(&metrics),
         ));
-        Server { address, phase, metrics, task, dropped }
+        Server { address, phase, metrics, task, dropped, entered, gate }
     }
 
     fn options() -> ServerOptions {
@@ -340,6 +366,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_answer_that_runs_when_the_server_closes_is_finished() {
+        let mut server = start(options()).await;
+        let asked = tokio::spawn(ask(server.address, "/gated"));
+        tokio::time::timeout(Duration::from_secs(20), server.entered.recv()).await.unwrap();
+        server.phase.send(Phase::Closing).unwrap();
+        let refused = async {
+            while TcpStream::connect(server.address).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), refused).await.unwrap();
+        server.gate.notify_one();
+        let answer = tokio::time::timeout(Duration::from_secs(20), asked).await.unwrap().unwrap();
+        assert!(answer.ends_with("done"), "{answer}");
+        tokio::time::timeout(Duration::from_secs(20), server.task).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
     async fn connections_over_the_limit_wait_for_a_place() {
         let server = start(ServerOptions {
             max_connections: 1,
@@ -348,8 +392,9 @@ mod tests {
         })
         .await;
         let first = TcpStream::connect(server.address).await.unwrap();
-        let second = tokio::spawn(ask(server.address, "/hello"));
-        tokio::task::yield_now().await;
+        let mut second = tokio::spawn(ask(server.address, "/hello"));
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut second).await;
+        assert!(early.is_err(), "answered while the only place was taken");
         drop(first);
         let answer = tokio::time::timeout(Duration::from_secs(20), second).await.unwrap().unwrap();
         assert!(answer.ends_with("hello"));

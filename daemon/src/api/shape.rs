@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::gather::{Finish, StopCause, Used};
 use super::generation::PreemptionDetails;
-use crate::model::text::Text;
+use crate::model::text::{SpecialTokens, Text};
 use crate::request::{TokenId, TokenLogprob, TokenLogprobs};
 
 /// Log-probabilities below this are written as this: JSON has no infinity.
@@ -61,36 +61,56 @@ pub(crate) fn chat_logprobs(text: &Text, logprobs: &[TokenLogprobs]) -> Value {
 }
 
 /// `logprobs` of a completion choice, grown token by token.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct CompletionLogprobs {
+#[derive(Debug)]
+pub(crate) struct CompletionLogprobs<'a> {
+    text: &'a Text,
+    special: SpecialTokens,
+    offset: usize,
     tokens: Vec<Value>,
     token_logprobs: Vec<Value>,
     top_logprobs: Vec<Value>,
     text_offset: Vec<usize>,
 }
 
-impl CompletionLogprobs {
-    /// A token without a log-probability: the first of a prompt.
-    pub(crate) fn push_first(&mut self, text: &Text, token: TokenId, offset: &mut usize) {
-        self.push_token(text, token, offset);
+impl<'a> CompletionLogprobs<'a> {
+    /// Of a text of which `offset` characters were told before.
+    pub(crate) fn new(text: &'a Text, special: SpecialTokens, offset: usize) -> Self {
+        let (tokens, token_logprobs) = (Vec::new(), Vec::new());
+        let (top_logprobs, text_offset) = (Vec::new(), Vec::new());
+        Self { text, special, offset, tokens, token_logprobs, top_logprobs, text_offset }
+    }
+
+    /// A prompt: its first token has no log-probability.
+    pub(crate) fn push_first(&mut self, token: TokenId) {
+        self.push_token(token);
         self.token_logprobs.push(Value::Null);
         self.top_logprobs.push(Value::Null);
     }
 
-    pub(crate) fn push(&mut self, text: &Text, one: &TokenLogprobs, offset: &mut usize) {
-        self.push_token(text, one.token.token, offset);
+    pub(crate) fn push(&mut self, one: &TokenLogprobs) {
+        self.push_token(one.token.token);
         self.token_logprobs.push(finite(one.token.logprob).into());
         let top = one.top.iter().chain([&one.token]);
-        let top: Map<String, Value> =
-            top.map(|entry| (text.token_text(entry.token), finite(entry.logprob).into())).collect();
-        self.top_logprobs.push(top.into());
+        let entry = |entry: &TokenLogprob| {
+            (self.text.token_text(entry.token), finite(entry.logprob).into())
+        };
+        self.top_logprobs.push(top.map(entry).collect::<Map<_, _>>().into());
     }
 
-    fn push_token(&mut self, text: &Text, token: TokenId, offset: &mut usize) {
-        let piece = text.token_text(token);
-        self.text_offset.push(*offset);
-        *offset += piece.chars().count();
-        self.tokens.push(piece.into());
+    fn push_token(&mut self, token: TokenId) {
+        self.text_offset.push(self.offset);
+        self.tokens.push(self.text.token_text(token).into());
+        if self.special == SpecialTokens::Skip && self.text.is_special(token) {
+            return;
+        }
+        // Characters that begin in this token: one that is split over tokens counts once.
+        let begins = |byte: &&u8| **byte & 0xC0 != 0x80;
+        self.offset += self.text.token_bytes(token).iter().filter(begins).count();
+    }
+
+    /// Characters told so far.
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
     }
 
     pub(crate) fn into_json(self) -> Value {

@@ -30,6 +30,10 @@ pub struct ApiLimits {
     pub stop_tokens: usize,
     pub logit_biases: usize,
     pub top_logprobs: u32,
+    /// Log-probabilities of prompt tokens that one answer may hold: each is an object of some 100 bytes.
+    pub prompt_logprobs: usize,
+    /// A body must have come by then.
+    pub body_timeout: Duration,
     /// A request that is not answered by then is cancelled.
     pub request_timeout: Duration,
 }
@@ -46,6 +50,8 @@ impl ApiLimits {
             stop_tokens: 128,
             logit_biases: 1024,
             top_logprobs: 20,
+            prompt_logprobs: 1 << 18,
+            body_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(3600),
         }
     }

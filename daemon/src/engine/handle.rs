@@ -46,6 +46,10 @@ pub enum Refused {
     TooManyRequests { waiting: usize, limit: usize, retry_after: Duration },
     #[error("the queue holds {waiting} prompt tokens, its limit is {limit}")]
     TooManyTokens { waiting: usize, limit: usize, retry_after: Duration },
+    #[error(
+        "{wanted} {what} at once, the queue takes at most {limit}; send them in several requests"
+    )]
+    TooManyAtOnce { wanted: usize, limit: usize, what: &'static str },
     #[error("the engine is draining")]
     Draining { retry_after: Duration },
     #[error("the engine has stopped")]
@@ -171,14 +175,30 @@ impl Handle {
         });
     }
 
-    /// Puts a request in the queue.
+    /// Puts all requests in the queue, or none.
     ///
     /// # Errors
-    /// When the queue is full, the engine drains or has stopped, or the request can never fit.
-    pub fn submit(&self, request: Request) -> Result<Submitted, Refused> {
-        self.check_fits(&request)?;
-        self.check_state()?;
-        self.reserve(request.prompt.len())?;
+    /// When the queue is full, the engine drains or has stopped, or the requests can never fit.
+    pub fn submit(&self, requests: Vec<Request>) -> Result<Vec<Submitted>, Refused> {
+        self.check(&requests)?;
+        self.reserve(requests.len(), prompt_tokens(&requests))?;
+        let mut submitted = Vec::with_capacity(requests.len());
+        let mut requests = requests.into_iter();
+        while let Some(request) = requests.next() {
+            match self.send(request) {
+                Ok(one) => submitted.push(one),
+                Err(refused) => {
+                    // Those that were sent are dropped, which cancels them.
+                    requests.for_each(|request| self.shared.left_queue(request.prompt.len()));
+                    return Err(refused);
+                }
+            }
+        }
+        Ok(submitted)
+    }
+
+    /// Sends a request for which the queue has counted a place.
+    fn send(&self, request: Request) -> Result<Submitted, Refused> {
         let (sender, events) = mpsc::channel(event_capacity(&request));
         let id = request.id;
         let prompt_tokens = request.prompt.len();
@@ -198,22 +218,19 @@ impl Handle {
         Ok(Submitted { id, events, commands: self.commands.clone() })
     }
 
-    /// Whether the queue would take `requests` more with `tokens` prompt tokens in all, without putting them there.
-    ///
-    /// # Errors
-    /// As [`Handle::submit`].
-    pub fn check_room(&self, requests: usize, tokens: usize) -> Result<(), Refused> {
-        self.check_state()?;
-        if self.shared.waiting_requests.load(Ordering::Relaxed) + requests
-            > self.limits.requests.get()
-        {
-            return Err(self.too_many_requests());
+    /// Refuses requests that cannot be queued now or ever, however empty the queue.
+    fn check(&self, requests: &[Request]) -> Result<(), Refused> {
+        requests.iter().try_for_each(|request| self.check_fits(request))?;
+        let (limit, wanted) = (self.limits.requests.get(), requests.len());
+        if wanted > limit {
+            return Err(Refused::TooManyAtOnce { wanted, limit, what: "prompts" });
         }
-        let waiting = self.shared.waiting_tokens.load(Ordering::Relaxed);
-        if waiting > 0 && waiting + tokens > self.limits.tokens.get() {
-            return Err(self.too_many_tokens());
+        let (limit, wanted) = (self.limits.tokens.get(), prompt_tokens(requests));
+        // One prompt may be longer: an empty queue takes it.
+        if requests.len() > 1 && wanted > limit {
+            return Err(Refused::TooManyAtOnce { wanted, limit, what: "prompt tokens" });
         }
-        Ok(())
+        self.check_state()
     }
 
     fn check_state(&self) -> Result<(), Refused> {
@@ -235,8 +252,8 @@ impl Handle {
         if needed > blocks { Err(Refused::NeverFits { needed, blocks }) } else { Ok(()) }
     }
 
-    /// Counts the request into the queue, or says which limit it would pass. An empty queue takes any one prompt.
-    fn reserve(&self, prompt_tokens: usize) -> Result<(), Refused> {
+    /// Counts requests into the queue, or says which limit they would pass. An empty queue takes any one prompt.
+    fn reserve(&self, requests: usize, prompt_tokens: usize) -> Result<(), Refused> {
         let count = |figure: &AtomicUsize, more: usize, fits: &dyn Fn(usize) -> bool| {
             figure
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |waiting| {
@@ -244,13 +261,14 @@ impl Handle {
                 })
                 .is_ok()
         };
-        let (requests, tokens) = (self.limits.requests.get(), self.limits.tokens.get());
-        if !count(&self.shared.waiting_requests, 1, &|waiting| waiting < requests) {
+        let (most_requests, most_tokens) = (self.limits.requests.get(), self.limits.tokens.get());
+        let fits = |waiting: usize| waiting + requests <= most_requests;
+        if !count(&self.shared.waiting_requests, requests, &fits) {
             return Err(self.too_many_requests());
         }
-        let fits = |waiting: usize| waiting == 0 || waiting + prompt_tokens <= tokens;
+        let fits = |waiting: usize| waiting == 0 || waiting + prompt_tokens <= most_tokens;
         if !count(&self.shared.waiting_tokens, prompt_tokens, &fits) {
-            self.shared.waiting_requests.fetch_sub(1, Ordering::Relaxed);
+            self.shared.waiting_requests.fetch_sub(requests, Ordering::Relaxed);
             return Err(self.too_many_tokens());
         }
         Ok(())
@@ -278,6 +296,10 @@ impl Handle {
         let speed = self.shared.tokens_per_second.load(Ordering::Relaxed).max(1);
         Duration::from_secs((tokens / speed).clamp(1, 60))
     }
+}
+
+fn prompt_tokens(requests: &[Request]) -> usize {
+    requests.iter().map(|request| request.prompt.len()).sum()
 }
 
 impl Submitted {

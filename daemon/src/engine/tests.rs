@@ -64,6 +64,10 @@ impl Backend for Gated {
     }
 }
 
+fn submit(handle: &Handle, request: Request) -> Result<Submitted, Refused> {
+    handle.submit(vec![request]).map(|mut submitted| submitted.remove(0))
+}
+
 fn config(blocks: u32) -> EngineConfig {
     let limits = Limits {
         max_num_seqs: 8,
@@ -112,7 +116,7 @@ fn a_request_gets_its_tokens_and_one_end_and_the_figures_agree() {
         let (sender, recorded) = mpsc::channel();
         let (handle, running) =
             start(FakeBackend::new(depth, 50, 4), config(50), Recorder(sender)).unwrap();
-        let mut submitted = handle.submit(request(&handle, 10, 5, 1)).unwrap();
+        let mut submitted = submit(&handle, request(&handle, 10, 5, 1)).unwrap();
         assert_eq!(next(&mut submitted), Some(Event::Admitted { cached_tokens: 0 }));
         let mut context: Vec<TokenId> = (0..10).map(TokenId).collect();
         for _ in 0..5 {
@@ -152,7 +156,7 @@ fn a_dropped_request_frees_its_blocks_and_is_counted_as_aborted() {
     let (sender, recorded) = mpsc::channel();
     let (handle, running) =
         start(FakeBackend::new(1, 200, 4), config(200), Recorder(sender)).unwrap();
-    let mut submitted = handle.submit(request(&handle, 10, 700, 2)).unwrap();
+    let mut submitted = submit(&handle, request(&handle, 10, 700, 2)).unwrap();
     assert!(matches!(next(&mut submitted), Some(Event::Admitted { .. })));
     drop(submitted);
     wait_until("the engine is empty", || handle.in_flight() == 0);
@@ -177,14 +181,14 @@ fn a_full_queue_refuses_by_requests_and_by_tokens_and_says_when_to_return() {
     let (sender, _recorded) = mpsc::channel();
     let backend = Gated { inner: FakeBackend::new(1, 50, 4), gate };
     let (handle, running) = start(backend, config(50), Recorder(sender)).unwrap();
-    let first = handle.submit(request(&handle, 90, 1, 1)).unwrap();
-    let over = handle.submit(request(&handle, 20, 1, 1));
+    let first = submit(&handle, request(&handle, 90, 1, 1)).unwrap();
+    let over = submit(&handle, request(&handle, 20, 1, 1));
     assert!(
         matches!(over, Ok(_) | Err(Refused::TooManyTokens { limit: 100, .. })),
         "the first may have been admitted by now: {over:?}"
     );
     drop(over);
-    let small: Vec<_> = (0..6).map(|_| handle.submit(request(&handle, 2, 1, 1))).collect();
+    let small: Vec<_> = (0..6).map(|_| submit(&handle, request(&handle, 2, 1, 1))).collect();
     let refused = small.iter().filter(|result| matches!(result, Err(Refused::TooManyRequests { limit: 4, retry_after, .. }) if retry_after.as_secs() >= 1)).count();
     assert!(refused >= 1, "{small:?}");
     drop((first, small, open));
@@ -193,12 +197,39 @@ fn a_full_queue_refuses_by_requests_and_by_tokens_and_says_when_to_return() {
 }
 
 #[test]
+fn requests_that_come_together_are_taken_together_or_not_at_all() {
+    let (open, gate) = mpsc::channel();
+    let (sender, _recorded) = mpsc::channel();
+    let backend = Gated { inner: FakeBackend::new(1, 50, 4), gate };
+    let (handle, running) = start(backend, config(50), Recorder(sender)).unwrap();
+    let ask = |prompts: &[u32]| {
+        handle.submit(prompts.iter().map(|&len| request(&handle, len, 1, 1)).collect())
+    };
+    let too_many = ask(&[2; 5]);
+    assert!(
+        matches!(too_many, Err(Refused::TooManyAtOnce { wanted: 5, limit: 4, .. })),
+        "{too_many:?}"
+    );
+    let too_long = ask(&[60, 41]);
+    assert!(
+        matches!(too_long, Err(Refused::TooManyAtOnce { wanted: 101, limit: 100, .. })),
+        "an empty queue is not enough for it: {too_long:?}"
+    );
+    assert_eq!(handle.in_flight(), 0, "nothing of them is inside");
+    let all = ask(&[30, 30, 30, 10]).unwrap();
+    assert_eq!((all.len(), handle.in_flight()), (4, 4));
+    drop((all, open));
+    drop(handle);
+    assert!(running.join());
+}
+
+#[test]
 fn what_can_never_fit_is_refused_at_the_door() {
     let (sender, _recorded) = mpsc::channel();
     let (handle, _running) = start(FakeBackend::new(1, 5, 4), config(5), Recorder(sender)).unwrap();
-    let long = handle.submit(request(&handle, 10, 11, 1));
+    let long = submit(&handle, request(&handle, 10, 11, 1));
     assert!(matches!(long, Err(Refused::NeverFits { needed: 6, blocks: 5 })), "{long:?}");
-    let wide = handle.submit(request(&handle, 2, 2, 9));
+    let wide = submit(&handle, request(&handle, 2, 2, 9));
     assert!(matches!(wide, Err(Refused::TooWide { needed: 9, limit: 8 })), "{wide:?}");
 }
 
@@ -207,9 +238,9 @@ fn a_draining_engine_finishes_what_runs_and_refuses_what_comes() {
     let (sender, _recorded) = mpsc::channel();
     let (handle, _running) =
         start(FakeBackend::new(1, 50, 4), config(50), Recorder(sender)).unwrap();
-    let mut running = handle.submit(request(&handle, 4, 50, 1)).unwrap();
+    let mut running = submit(&handle, request(&handle, 4, 50, 1)).unwrap();
     handle.drain();
-    let refused = handle.submit(request(&handle, 4, 50, 1));
+    let refused = submit(&handle, request(&handle, 4, 50, 1));
     assert!(matches!(refused, Err(Refused::Draining { .. })), "{refused:?}");
     let mut tokens = 0;
     while let Some(event) = next(&mut running) {
@@ -224,13 +255,13 @@ fn a_failing_backend_ends_the_loop_and_tells_every_owner() {
     let (sender, _recorded) = mpsc::channel();
     let backend = Gated { inner: FakeBackend::new(1, 50, 4), gate };
     let (handle, running) = start(backend, config(50), Recorder(sender)).unwrap();
-    let mut submitted = handle.submit(request(&handle, 4, 50, 1)).unwrap();
+    let mut submitted = submit(&handle, request(&handle, 4, 50, 1)).unwrap();
     open.send(true).unwrap();
     open.send(false).unwrap();
     while next(&mut submitted).is_some() {}
     assert!(running.join());
     assert_eq!(handle.state(), State::Stopped);
-    let refused = handle.submit(request(&handle, 4, 5, 1));
+    let refused = submit(&handle, request(&handle, 4, 5, 1));
     assert!(matches!(refused, Err(Refused::Stopped)), "{refused:?}");
 }
 
@@ -239,7 +270,7 @@ fn a_stop_string_ends_one_choice_and_leaves_the_others() {
     let (sender, recorded) = mpsc::channel();
     let (handle, running) =
         start(FakeBackend::new(1, 500, 4), config(500), Recorder(sender)).unwrap();
-    let mut submitted = handle.submit(request(&handle, 4, 600, 2)).unwrap();
+    let mut submitted = submit(&handle, request(&handle, 4, 600, 2)).unwrap();
     let mut told = 0;
     while let Some(event) = next(&mut submitted) {
         if matches!(event, Event::Token { choice: 1, .. }) && told == 0 {

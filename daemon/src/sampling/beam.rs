@@ -109,7 +109,7 @@ impl BeamSearch {
     }
 
     fn ends(&self, token: TokenId) -> bool {
-        !self.params.ignore_eos && self.end_tokens.binary_search(&token).is_ok()
+        self.end_tokens.binary_search(&token).is_ok()
     }
 
     fn add_finished(
@@ -186,9 +186,9 @@ mod tests {
         all
     }
 
-    fn search(params: BeamParams, seed: u64, max_tokens: u32) -> Vec<Beam> {
+    fn search(params: BeamParams, ends: &[TokenId], seed: u64, max_tokens: u32) -> Vec<Beam> {
         let max_tokens = NonZeroU32::new(max_tokens).unwrap();
-        let mut search = BeamSearch::new(params, 3, max_tokens, Arc::new([END]));
+        let mut search = BeamSearch::new(params, 3, max_tokens, ends.into());
         let mut live = vec![Vec::new()];
         while !live.is_empty() {
             let found: Vec<_> = live
@@ -205,7 +205,12 @@ mod tests {
     }
 
     /// The same by whole sequences: every extension of every hypothesis, sorted, with nothing kept but the lists.
-    fn plain(params: BeamParams, seed: u64, max_tokens: usize) -> Vec<(Vec<TokenId>, bool)> {
+    fn plain(
+        params: BeamParams,
+        ends: &[TokenId],
+        seed: u64,
+        max_tokens: usize,
+    ) -> Vec<(Vec<TokenId>, bool)> {
         let width = params.width.get() as usize;
         let score = |sum: f32, len: usize| sum / ((3 + len) as f32).powf(params.length_penalty);
         let mut hypotheses: Vec<(Vec<TokenId>, f32)> = vec![(vec![], 0.0)];
@@ -224,7 +229,7 @@ mod tests {
             extended.sort_by(|a, b| {
                 b.2.total_cmp(&a.2).then(a.0.cmp(&b.0)).then(a.1.last().cmp(&b.1.last()))
             });
-            let is_end = |tokens: &Vec<TokenId>| !params.ignore_eos && tokens.last() == Some(&END);
+            let is_end = |tokens: &Vec<TokenId>| ends.contains(&tokens[tokens.len() - 1]);
             for (_, tokens, sum) in extended.iter().filter(|(_, tokens, _)| is_end(tokens)) {
                 done.push((tokens.clone(), score(*sum, tokens.len() - 1), true));
             }
@@ -269,19 +274,20 @@ mod tests {
             seed in any::<u64>(), width in 1..5_u32, max_tokens in 1..8_u32, penalty in -1.0..2.0_f32, stopping in 0..3_usize, ignore_eos in any::<bool>(),
         ) {
             let early_stopping = [EarlyStopping::Always, EarlyStopping::Heuristic, EarlyStopping::Never][stopping];
-            let params = BeamParams { width: NonZeroU32::new(width).unwrap(), length_penalty: penalty, early_stopping, ignore_eos };
-            let got: Vec<_> = search(params, seed, max_tokens).into_iter().map(|beam| (beam.tokens, beam.stop_token.is_some())).collect();
-            prop_assert_eq!(got, plain(params, seed, max_tokens as usize));
+            let params = BeamParams { width: NonZeroU32::new(width).unwrap(), length_penalty: penalty, early_stopping };
+            let ends: &[TokenId] = if ignore_eos { &[] } else { &[END] };
+            let got: Vec<_> = search(params, ends, seed, max_tokens).into_iter().map(|beam| (beam.tokens, beam.stop_token.is_some())).collect();
+            prop_assert_eq!(got, plain(params, ends, seed, max_tokens as usize));
         }
 
         #[test]
         fn one_beam_is_greedy_until_an_end_token_would_win(seed in any::<u64>()) {
-            let params = BeamParams { width: NonZeroU32::MIN, length_penalty: 1.0, early_stopping: EarlyStopping::Always, ignore_eos: true };
+            let params = BeamParams { width: NonZeroU32::MIN, length_penalty: 1.0, early_stopping: EarlyStopping::Always };
             let mut greedy = Vec::new();
             for _ in 0..6 {
                 greedy.push(top(&model(seed, &greedy), 1)[0].token);
             }
-            prop_assert_eq!(&search(params, seed, 6)[0].tokens, &greedy);
+            prop_assert_eq!(&search(params, &[], seed, 6)[0].tokens, &greedy);
         }
     }
 }

@@ -85,12 +85,7 @@ pub(crate) fn sample(id: u64, prompt: Arc<[TokenId]>, max_tokens: u32, choices: 
 
 fn beam(width: u32) -> BeamParams {
     let early_stopping = EarlyStopping::Heuristic;
-    BeamParams {
-        width: NonZeroU32::new(width).unwrap(),
-        length_penalty: 1.0,
-        early_stopping,
-        ignore_eos: false,
-    }
+    BeamParams { width: NonZeroU32::new(width).unwrap(), length_penalty: 1.0, early_stopping }
 }
 
 /// The output of one choice, computed without any memory.

@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
+use serde_json::json;
 
 use crate::bench::serve::BenchServeArgs;
 use crate::source::{Location, Token};
@@ -79,12 +80,16 @@ pub enum Listen {
 
 impl Listen {
     /// A command to try a chat with. `port` is the bound one, which differs from the wanted one where that is 0.
-    pub fn example_chat(&self, port: u16, model: &str, keys: &[ApiKey]) -> String {
-        let body = serde_json::json!({
-            "model": model,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "max_tokens": 64,
-        });
+    pub fn example(&self, port: u16, model: &str, keys: &[ApiKey], ask: Example) -> String {
+        let (path, field, prompt) = match ask {
+            Example::Chat => (
+                "chat/completions",
+                "messages",
+                json!([{"role": "user", "content": "What is the capital of France?"}]),
+            ),
+            Example::Completion => ("completions", "prompt", json!("The capital of France is")),
+        };
+        let body = json!({"model": model, field: prompt, "max_tokens": 64});
         // A single quote ends the shell's string, so it is written outside of it.
         let body = body.to_string().replace('\'', "'\\''");
         let (socket, host) = match self {
@@ -99,9 +104,17 @@ impl Listen {
         };
         let key = if keys.is_empty() { "" } else { " -H \"Authorization: Bearer $KEY\"" };
         format!(
-            "curl -sS{socket} http://{host}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+            "curl -sS{socket} http://{host}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'"
         )
     }
+}
+
+/// What a model can be asked first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Example {
+    Chat,
+    /// It has no chat template.
+    Completion,
 }
 
 /// What bounds weights, workspace, KV arena and process overhead together.

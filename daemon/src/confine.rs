@@ -37,9 +37,9 @@ pub enum Missing {
 /// A rule that could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfineError {
-    #[error("open {} for its Landlock rule: {source}", path.display())]
+    #[error("open {} for its Landlock rule", path.display())]
     Path { path: PathBuf, source: landlock::PathFdError },
-    #[error("apply Landlock: {0}")]
+    #[error("apply Landlock")]
     Landlock(#[from] landlock::RulesetError),
 }
 

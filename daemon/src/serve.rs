@@ -3,7 +3,7 @@
 mod load;
 mod supervised;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,14 +17,18 @@ use tokio::sync::watch;
 use crate::api::server::{self, Listener, Phase, ServerOptions};
 use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded};
 use crate::config::{
-    ApiKey, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope, ServeConfig, Supervision,
+    ApiKey, Example, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope, ServeConfig,
+    Supervision,
 };
 use crate::engine::handle::{Handle, State};
 use crate::metrics::Metrics;
+use crate::model::text::Text;
 use crate::plan::{Machine, MemoryPlan};
 
 /// A request's head must come within this time.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection may be idle while the server drains.
+const DRAIN_IDLE: Duration = Duration::from_secs(2);
 /// Connections that are served at once; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 4096;
 /// Threads that serve connections; the engine's are beside them.
@@ -79,6 +83,7 @@ fn start_log(config: &LogConfig) -> Result<()> {
     let filter =
         tracing_subscriber::EnvFilter::try_new(&config.filter).context("read --log-level")?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = if std::io::stderr().is_terminal() { log } else { log.with_ansi(false) };
     match config.format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
@@ -126,6 +131,7 @@ async fn serve(
     let options = ServerOptions {
         write_timeout: config.write_timeout,
         header_timeout: HEADER_TIMEOUT,
+        drain_idle: DRAIN_IDLE,
         max_connections: MAX_CONNECTIONS,
     };
     let app = crate::api::router(Arc::clone(&state));
@@ -167,7 +173,7 @@ async fn live(
         () = supervised::gone(agent, state) => return Ok(()),
     };
     let handle = loaded.handle.clone();
-    announce(config, &loaded.plan, port);
+    announce(config, &loaded.plan, port, &loaded.text);
     state.set_loaded(Loaded {
         handle: loaded.handle,
         longest_token: loaded.longest_token,
@@ -229,7 +235,7 @@ async fn drain(
     Ok(())
 }
 
-fn announce(config: &ServeConfig, plan: &MemoryPlan, port: u16) {
+fn announce(config: &ServeConfig, plan: &MemoryPlan, port: u16, text: &Text) {
     for line in plan.to_string().lines() {
         tracing::info!("{line}");
     }
@@ -240,7 +246,8 @@ fn announce(config: &ServeConfig, plan: &MemoryPlan, port: u16) {
     tracing::info!(model = config.served_model_names[0], at = place, "ready");
     if config.supervision == Supervision::Bare {
         let keys: &[ApiKey] = &config.api_keys;
-        let example = config.listen.example_chat(port, &config.served_model_names[0], keys);
+        let ask = if text.has_chat_template() { Example::Chat } else { Example::Completion };
+        let example = config.listen.example(port, &config.served_model_names[0], keys, ask);
         eprintln!("\nTry:\n\n{example}\n");
     }
 }

@@ -15,7 +15,7 @@ use super::chat::Conversation;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::shape;
-use super::state::ApiState;
+use super::state::{ApiState, Loaded};
 use crate::engine::handle;
 use crate::model::text::{AddSpecial, SpecialTokens};
 
@@ -48,9 +48,7 @@ pub(crate) async fn tokenize(
     State(state): State<Arc<ApiState>>,
     Body(body): Body,
 ) -> Result<Json<Value>, ApiError> {
-    let loaded = state.loaded()?;
-    let mut fields = Fields::parse(&body)?;
-    state.served(fields.string("model", 4096)?)?;
+    let (loaded, mut fields) = begin(&state, &body)?;
     let wants_text = fields.bool("return_token_strs", false)?;
     let tokens = match fields.string("prompt", state.limits.body_bytes)? {
         Some(prompt) => {
@@ -72,13 +70,19 @@ pub(crate) async fn tokenize(
     })))
 }
 
+/// The model that a body asks for and the rest of its fields.
+fn begin<'a>(state: &'a ApiState, body: &[u8]) -> Result<(&'a Loaded, Fields), ApiError> {
+    let loaded = state.loaded()?;
+    let mut fields = Fields::parse(body)?;
+    state.served(fields.string("model", 4096)?)?;
+    Ok((loaded, fields))
+}
+
 pub(crate) async fn detokenize(
     State(state): State<Arc<ApiState>>,
     Body(body): Body,
 ) -> Result<Json<Value>, ApiError> {
-    let loaded = state.loaded()?;
-    let mut fields = Fields::parse(&body)?;
-    state.served(fields.string("model", 4096)?)?;
+    let (loaded, mut fields) = begin(&state, &body)?;
     let most = loaded.handle.capacity().max_model_len as usize;
     let tokens = fields.tokens("tokens", most, loaded.text.vocab_size())?;
     fields.ignore_rest();

@@ -176,6 +176,9 @@ impl From<TextError> for ApiError {
     fn from(error: TextError) -> Self {
         match error {
             TextError::Template { reason } => Self::Template(reason),
+            TextError::NoTemplate => {
+                Self::invalid("messages", "the model has no chat template: use /v1/completions")
+            }
             other => Self::invalid("prompt", other.to_string()),
         }
     }

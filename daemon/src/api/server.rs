@@ -32,6 +32,8 @@ pub struct ServerOptions {
     pub write_timeout: Duration,
     /// A request's head must come within this time.
     pub header_timeout: Duration,
+    /// While the server drains, a connection that has been idle for this long is closed.
+    pub drain_idle: Duration,
     /// Connections beyond this wait to be accepted.
     pub max_connections: usize,
 }
@@ -97,6 +99,15 @@ fn is_of_client(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
+/// Waits until a connection should end with the answer that it is sending, or at once where it sends none.
+async fn time_to_end(phase: &mut watch::Receiver<Phase>, drain_idle: Duration) {
+    let ends = phase.wait_for(|phase| *phase != Phase::Serving).await.map(|phase| *phase);
+    if ends.is_ok_and(|phase| phase == Phase::Draining) {
+        // Every answer of a draining server ends its connection; this is for those that ask nothing.
+        drop(tokio::time::timeout(drain_idle, closing(phase)).await);
+    }
+}
+
 /// Waits until the server closes, or nobody can say so any more.
 async fn closing(phase: &mut watch::Receiver<Phase>) {
     drop(phase.wait_for(|phase| *phase == Phase::Closing).await);
@@ -136,7 +147,7 @@ async fn converse(
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = closing(&mut phase) => {
+        () = time_to_end(&mut phase, options.drain_idle) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -319,7 +330,8 @@ mod tests {
     fn options() -> ServerOptions {
         let (write_timeout, header_timeout) =
             (Duration::from_millis(200), Duration::from_millis(200));
-        ServerOptions { write_timeout, header_timeout, max_connections: 100 }
+        let drain_idle = Duration::from_millis(200);
+        ServerOptions { write_timeout, header_timeout, drain_idle, max_connections: 100 }
     }
 
     async fn ask(address: SocketAddr, path: &str) -> String {
@@ -363,6 +375,21 @@ mod tests {
         server.phase.send(Phase::Closing).unwrap();
         tokio::time::timeout(Duration::from_secs(20), server.task).await.unwrap().unwrap();
         assert!(TcpStream::connect(server.address).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_draining_server_closes_idle_connections_and_answers_new_ones() {
+        let patient = ServerOptions { header_timeout: Duration::from_secs(60), ..options() };
+        let server = start(patient).await;
+        let mut idle = TcpStream::connect(server.address).await.unwrap();
+        idle.write_all(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = [0; 12];
+        idle.read_exact(&mut answer).await.unwrap();
+        server.phase.send(Phase::Draining).unwrap();
+        let mut rest = Vec::new();
+        let ended = tokio::time::timeout(Duration::from_secs(20), idle.read_to_end(&mut rest));
+        assert!(ended.await.is_ok(), "the idle connection is closed");
+        assert!(ask(server.address, "/hello").await.ends_with("hello"));
     }
 
     #[tokio::test]

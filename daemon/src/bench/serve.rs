@@ -119,7 +119,7 @@ pub enum BenchError {
     NoText,
     #[error("make the client: {0}")]
     Client(reqwest::Error),
-    #[error("write {}: {source}", path.display())]
+    #[error("write {}", path.display())]
     Write { path: PathBuf, source: std::io::Error },
 }
 

@@ -194,15 +194,17 @@ fn plan_takes_the_same_flags_and_a_format() {
 
 #[test]
 fn the_example_names_the_bound_port_and_survives_the_shell() {
-    let line = serve("serve m --port 0 --host 0.0.0.0").listen.example_chat(4321, "it's", &[]);
-    assert!(line.contains("http://127.0.0.1:4321/") && !line.contains("Authorization"), "{line}");
+    let listen = serve("serve m --port 0 --host 0.0.0.0").listen;
+    let line = listen.example(4321, "it's", &[], Example::Chat);
+    assert!(
+        line.contains("http://127.0.0.1:4321/v1/chat/") && !line.contains("Authorization"),
+        "{line}"
+    );
     let script = line.replace("curl -sS", "printf %s");
     let printed = std::process::Command::new("sh").args(["-c", &script]).output().unwrap().stdout;
     assert!(String::from_utf8_lossy(&printed).contains("\"model\":\"it's\""), "{line}");
-    let line = serve("serve m --uds /tmp/s --api-key k").listen.example_chat(
-        0,
-        "m",
-        &[ApiKey("k".into())],
-    );
+    let listen = serve("serve m --uds /tmp/s --api-key k").listen;
+    let line = listen.example(0, "m", &[ApiKey("k".into())], Example::Completion);
     assert!(line.contains("--unix-socket '/tmp/s'") && line.contains("$KEY"), "{line}");
+    assert!(line.contains("/v1/completions") && line.contains("\"prompt\""), "{line}");
 }

@@ -9,13 +9,13 @@ use super::weights::gguf::GgufError;
 /// A model that cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: wanted {wanted}, got {got}", path.display())]
     File { path: PathBuf, wanted: &'static str, got: String },
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Gguf { path: PathBuf, source: GgufError },
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Safetensors { path: PathBuf, source: safetensors::SafeTensorError },
     #[error("key {key} is missing")]
     KeyMissing { key: String },
@@ -35,14 +35,14 @@ pub enum ModelError {
     TensorBytes { name: String, wanted: usize, got: usize },
     #[error("tensor {name}: wanted finite factors above 0, got {got}")]
     TensorValue { name: String, got: f32 },
-    #[error("tensor {name}: {source}")]
+    #[error("tensor {name}")]
     Kernel { name: String, source: KernelError },
-    #[error("tensor {name}: {source}")]
+    #[error("tensor {name}")]
     Candle { name: String, source: candle_core::Error },
     #[error("tensor {name}: there is no memory for its {bytes} bytes")]
     Memory { name: String, bytes: usize },
     #[error("the sizes of the weights overflow")]
     TooLarge,
-    #[error("the tokenizer: {0}")]
+    #[error("the tokenizer")]
     Text(#[from] super::text::TextError),
 }

@@ -109,8 +109,13 @@ pub(super) fn read_config(path: &Path) -> Result<Json, ModelError> {
 pub(super) fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let one = folder.join("model.safetensors");
     let index = folder.join("model.safetensors.index.json");
-    if !index.is_file() {
-        return Ok(vec![one]);
+    match (index.is_file(), one.is_file()) {
+        (true, _) => {}
+        (false, true) => return Ok(vec![one]),
+        (false, false) => {
+            let wanted = "model.safetensors or model.safetensors.index.json (random weights: --load-format dummy)";
+            return Err(not_wanted(folder, wanted, "neither".to_owned()));
+        }
     }
     let json = read_json(&index, 64 * MOST_CONFIG_BYTES)?;
     let Some(map) = json.get("weight_map").and_then(Json::as_object) else {

@@ -26,8 +26,9 @@ impl Scheduler {
                 return;
             }
             for &key in &unit {
+                let cached = self.find_cached(key);
                 if let Some(waiting) = self.waiting.remove(&key) {
-                    budget -= self.start(waiting, budget, step);
+                    budget -= self.start(waiting, cached, budget, step);
                 }
             }
         }
@@ -132,11 +133,14 @@ impl Scheduler {
     }
 
     /// Makes a waiting sequence run and computes its first chunk; returns the chunk's tokens.
-    fn start(&mut self, waiting: Waiting, budget: usize, step: &mut Step) -> usize {
-        let key = waiting.sequence.key;
-        self.waiting.insert(key, waiting);
-        let cached = self.find_cached(key);
-        let Some(Waiting { mut sequence }) = self.waiting.remove(&key) else { return 0 };
+    fn start(
+        &mut self,
+        Waiting { mut sequence }: Waiting,
+        cached: Cached,
+        budget: usize,
+        step: &mut Step,
+    ) -> usize {
+        let key = sequence.key;
         let Some(row) = self.free_rows.pop() else {
             debug_assert!(false, "admission checked that a row is free");
             return 0;

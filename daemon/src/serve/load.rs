@@ -194,10 +194,15 @@ fn read_weights(
         if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let style = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes}");
     bar.set_style(style.context("make the progress bar")?);
+    let mut told = None;
     let weights = opened.load(&mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
-        report(reporter, done, total);
+        // An agent needs a percentage, not every tensor.
+        let percent = done.saturating_mul(100) / total.max(1);
+        if told.replace(percent) != Some(percent) {
+            report(reporter, done, total);
+        }
     })?;
     bar.finish_and_clear();
     Ok(weights)

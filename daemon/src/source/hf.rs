@@ -51,7 +51,7 @@ pub enum HubError {
     NoModel,
     #[error("{}: wanted {wanted} free bytes, got {free}", path.display())]
     DiskFull { path: PathBuf, wanted: u64, free: u64 },
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Disk { path: PathBuf, source: std::io::Error },
 }
 

@@ -15,26 +15,13 @@ use daemon::sampling::Params;
 use daemon::sampling::rows::Rows;
 use daemon::scheduler::step::{DrawKind, Drawn, Output, RowChange, RowId, Step};
 use daemon::scheduler::{Limits, PrefixCaching, Scheduler};
+use rayon::prelude::*;
 
 const SEQUENCES: u32 = 256;
 const LOGIT_ROWS: usize = 64;
 
 fn params() -> Params {
-    Params {
-        temperature: 0.0,
-        top_k: None,
-        top_p: 1.0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        logit_bias: Vec::new(),
-        seed: 1,
-        prompt_index: 0,
-        min_tokens: 0,
-        stop_tokens: Arc::new([]),
-        logprobs: None,
-    }
+    Params { seed: 1, ..Params::greedy() }
 }
 
 fn request(id: u32, params: Params) -> Arc<Request> {
@@ -89,19 +76,45 @@ fn best(mut work: impl FnMut()) -> Duration {
     std::iter::repeat_with(once).take(15).min().unwrap_or_default()
 }
 
-fn sampling(vocab: usize) {
-    let logits: Vec<f32> =
-        (0..LOGIT_ROWS * vocab).map(|i| (i * 7919 % 10_007) as f32 * 0.001).collect();
-    let read = best(|| {
-        let mut lanes = [0.0_f32; 16];
-        for chunk in logits.chunks_exact(16) {
-            (0..16).for_each(|i| lanes[i] += chunk[i]);
+/// How the values of a row are spread.
+#[derive(Debug, Clone, Copy)]
+enum Shape {
+    /// Near a bell of deviation 2.5 with a few tokens far above it, as a language model's.
+    Peaked,
+    /// All between 0 and 10: the worst case of top-p.
+    Flat,
+}
+
+fn logits(vocab: usize, shape: Shape) -> Vec<f32> {
+    let uniform = |i: usize, salt: u64| {
+        let hash = (i as u64 ^ (salt << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        ((hash ^ (hash >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 40) as f32 / (1 << 24) as f32
+    };
+    let logit = |i: usize| match shape {
+        Shape::Flat => uniform(i, 0) * 10.0,
+        Shape::Peaked => {
+            let bell: f32 = (0..4).map(|salt| uniform(i, salt) - 0.5).sum();
+            bell * 4.3 + if i % 4801 == 7 { 14.0 - (i % 7) as f32 } else { 0.0 }
         }
-        black_box(lanes);
+    };
+    (0..LOGIT_ROWS * vocab).map(logit).collect()
+}
+
+fn sampling(vocab: usize, shape: Shape) {
+    let logits = logits(vocab, shape);
+    // On the threads that sampling has.
+    let read = best(|| {
+        logits.par_chunks(vocab).for_each(|row| {
+            let mut lanes = [0.0_f32; 32];
+            for chunk in row.chunks_exact(32) {
+                (0..32).for_each(|i| lanes[i] += chunk[i]);
+            }
+            black_box(lanes);
+        });
     });
     println!(
         "{:<34}{:>12.2} ms",
-        format!("one read, {LOGIT_ROWS} x {vocab}"),
+        format!("one read, {LOGIT_ROWS} x {vocab}, {shape:?}"),
         read.as_secs_f64() * 1e3
     );
     let variants = [
@@ -143,5 +156,7 @@ fn main() {
             step.as_secs_f64() * 1e6
         );
     }
-    [49_152, 151_936].into_iter().for_each(sampling);
+    for shape in [Shape::Peaked, Shape::Flat] {
+        [49_152, 151_936].into_iter().for_each(|vocab| sampling(vocab, shape));
+    }
 }

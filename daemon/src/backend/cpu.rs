@@ -95,9 +95,8 @@ impl CpuBackend {
         options: CpuOptions,
     ) -> Result<Self, BackendError> {
         check_kv(&config, &options.kv)?;
-        let threads = options.threads.or_else(|| std::thread::available_parallelism().ok());
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.map_or(1, NonZeroUsize::get))
+            .num_threads(thread_count(options.threads))
             .thread_name(|index| format!("cpu-{index}"))
             .build()
             .map_err(|error| BackendError::Device {
@@ -118,8 +117,12 @@ impl CpuBackend {
         Ok(Self { pool, model, launched: None, spare: Output::default() })
     }
 
-    /// Bytes of the arrays that a step of `max_tokens` tokens needs, and of the sampling state of `max_rows` rows.
-    pub fn workspace_bytes(config: &ModelConfig, max_tokens: usize, max_rows: usize) -> usize {
+    /// Bytes of the arrays that a step of `max_tokens` tokens needs, drawing on `threads` threads included.
+    pub fn workspace_bytes(
+        config: &ModelConfig,
+        max_tokens: usize,
+        threads: Option<NonZeroUsize>,
+    ) -> usize {
         let rotations = if config.sliding_rope.is_some() { 2 } else { 1 };
         let per_token = [
             3 * config.hidden,
@@ -132,9 +135,9 @@ impl CpuBackend {
         let logits =
             logit_rows(config.vocab, max_tokens).saturating_mul(config.vocab + config.hidden);
         let floats = max_tokens.saturating_mul(per_token).saturating_add(logits);
-        // A row counts the tokens of its sequence and works on a copy of its logits, see `sampling`.
-        let sampling = max_rows.saturating_mul(config.vocab);
-        floats.saturating_add(sampling).saturating_mul(size_of::<f32>())
+        floats
+            .saturating_mul(size_of::<f32>())
+            .saturating_add(Rows::bytes(thread_count(threads), config.vocab))
     }
 
     /// Writes every page of the KV arena, so that its memory is taken now and not later.
@@ -304,6 +307,12 @@ impl Tile {
         }
         self.draw_rows.len()
     }
+}
+
+/// `threads`, or as many as the machine runs at once.
+fn thread_count(threads: Option<NonZeroUsize>) -> usize {
+    let all = || std::thread::available_parallelism().ok();
+    threads.or_else(all).map_or(1, NonZeroUsize::get)
 }
 
 /// Rows of the logits buffer.

@@ -1,135 +1,95 @@
 //! Log-probabilities of raw logits, and the most likely tokens. NaN counts as impossible.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-
-use super::exp::exp;
+use super::survey::{Survey, count_above, count_reaching, with_survey};
 use crate::request::{TokenId, TokenLogprob, TokenLogprobs};
-
-/// Values whose exponentials are added up in f32 before the sum goes on in f64.
-const BLOCK: usize = 1024;
-const LANES: usize = 16;
-
-/// A logit that orders totally: NaN below all others.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Ordered {
-    logit: f32,
-    token: u32,
-}
-
-impl Eq for Ordered {}
-
-impl PartialOrd for Ordered {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Ordered {
-    /// The more likely is the greater; among equals the lower id.
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.logit.total_cmp(&other.logit).then(other.token.cmp(&self.token))
-    }
-}
-
-/// NaN as minus infinity, and minus zero as zero, so that comparisons are total.
-#[inline(always)]
-pub(super) fn clean(logit: f32) -> f32 {
-    if logit.is_nan() { f32::NEG_INFINITY } else { logit + 0.0 }
-}
-
-/// The largest logit; minus infinity when there is none. NaN is passed over.
-pub(super) fn largest(logits: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = logits.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
-        }
-    }
-    lanes
-        .iter()
-        .chain(rest)
-        .copied()
-        .fold(f32::NEG_INFINITY, |most, logit| if logit > most { logit } else { most })
-}
-
-/// The sum of e^((logit - most) * by) over all logits: blocks of 1,024 in f32 lanes, their sums in f64.
-pub(super) fn sum_of_exponentials(logits: &[f32], most: f32, by: f32) -> f64 {
-    logits.chunks(BLOCK).map(|block| f64::from(block_sum(block, most, by))).sum()
-}
-
-/// One block's part of [`sum_of_exponentials`].
-pub(super) fn block_sum(block: &[f32], most: f32, by: f32) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let chunks = block.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().map(|&logit| exp((logit - most) * by)).sum();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] += exp((chunk[i] - most) * by);
-        }
-    }
-    lanes.iter().sum::<f32>() + rest
-}
-
-/// The natural logarithm of what raw logits are divided by to be probabilities. `most` is the largest of them.
-pub(super) fn log_partition(logits: &[f32], most: f32) -> f64 {
-    if most.is_finite() {
-        f64::from(most) + sum_of_exponentials(logits, most, 1.0).ln()
-    } else {
-        f64::from(most)
-    }
-}
-
-/// The log-probability of a logit.
-#[allow(clippy::cast_possible_truncation, reason = "a logarithm needs no more digits than f32 has")]
-pub(super) fn logprob(logit: f32, log_partition: f64) -> f32 {
-    let value = (f64::from(clean(logit)) - log_partition) as f32;
-    if value.is_nan() { f32::NEG_INFINITY } else { value }
-}
 
 /// `token`'s log-probability and rank, and the `top` most likely tokens, best first, equal ones in id order.
 /// `logits`: [vocab], raw. A token outside of it has no probability.
 pub fn score(logits: &[f32], token: TokenId, top: u32) -> TokenLogprobs {
-    let partition = log_partition(logits, largest(logits));
+    with_survey(|survey| score_with(logits, token, top, survey))
+}
+
+/// As [`score`], with the caller's survey.
+pub(super) fn score_with(
+    logits: &[f32],
+    token: TokenId,
+    top: u32,
+    survey: &mut Survey,
+) -> TokenLogprobs {
+    let partition = log_partition(logits, survey);
     let own = logits.get(token.0 as usize).copied().map_or(f32::NEG_INFINITY, clean);
-    let before = |(id, &logit): (u32, &f32)| {
-        let logit = clean(logit);
-        logit > own || (logit == own && id < token.0)
-    };
-    let rank = 1 + (0..).zip(logits).filter(|&entry| before(entry)).count();
-    let rank = u32::try_from(rank).unwrap_or(u32::MAX);
+    let rank = u32::try_from(1 + count_before(logits, token, own)).unwrap_or(u32::MAX);
     TokenLogprobs {
         token: TokenLogprob { token, logprob: logprob(own, partition), rank },
-        top: most_likely(logits, partition, top),
+        top: most_likely(logits, partition, top, survey),
     }
 }
 
 /// The `count` most likely tokens with their raw log-probabilities, best first, equal ones in id order.
 pub fn candidates(logits: &[f32], count: u32) -> Vec<TokenLogprob> {
-    most_likely(logits, log_partition(logits, largest(logits)), count)
+    with_survey(|survey| {
+        let partition = log_partition(logits, survey);
+        most_likely(logits, partition, count, survey)
+    })
 }
 
-fn most_likely(logits: &[f32], partition: f64, count: u32) -> Vec<TokenLogprob> {
-    let count = (count as usize).min(logits.len());
-    let mut heap: BinaryHeap<Reverse<Ordered>> = BinaryHeap::with_capacity(count + 1);
-    let mut bar = f32::NEG_INFINITY;
-    for (token, &logit) in (0..).zip(logits) {
-        let logit = clean(logit);
-        if count == 0 || (heap.len() == count && logit <= bar) {
-            continue;
-        }
-        heap.push(Reverse(Ordered { logit, token }));
-        if heap.len() > count {
-            heap.pop();
-        }
-        bar = heap.peek().map_or(bar, |Reverse(least)| least.logit);
+/// How many tokens are more likely than `token`, whose logit is `own`, or as likely with a lower id.
+fn count_before(logits: &[f32], token: TokenId, own: f32) -> usize {
+    let (before, after) = logits.split_at(logits.len().min(token.0 as usize));
+    if own == f32::NEG_INFINITY {
+        // All impossible ones are alike, NaN among them.
+        return before.len() + count_above(after, own);
     }
-    let best = heap.into_sorted_vec();
-    let entry = |(rank, Reverse(one)): (u32, &Reverse<Ordered>)| TokenLogprob {
-        token: TokenId(one.token),
-        logprob: logprob(one.logit, partition),
+    count_reaching(before, own) + count_above(after, own)
+}
+
+/// NaN as minus infinity.
+#[inline(always)]
+fn clean(logit: f32) -> f32 {
+    if logit.is_nan() { f32::NEG_INFINITY } else { logit }
+}
+
+/// Looks at raw logits; the natural logarithm of what their exponentials are divided by to be probabilities.
+fn log_partition(logits: &[f32], survey: &mut Survey) -> f64 {
+    survey.sum(logits, 1.0);
+    let most = f64::from(survey.most);
+    if survey.most.is_finite() { most + survey.total().ln() } else { most }
+}
+
+/// The log-probability of a logit.
+#[allow(clippy::cast_possible_truncation, reason = "a logarithm needs no more digits than f32 has")]
+fn logprob(logit: f32, log_partition: f64) -> f32 {
+    let value = (f64::from(logit) - log_partition) as f32;
+    if value.is_nan() { f32::NEG_INFINITY } else { value }
+}
+
+fn most_likely(
+    logits: &[f32],
+    partition: f64,
+    count: u32,
+    survey: &mut Survey,
+) -> Vec<TokenLogprob> {
+    let count = (count as usize).min(logits.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    let bound = survey.reached_by(count).unwrap_or(f32::MIN);
+    survey.list(logits, bound);
+    if let Some(least) = survey.kth_kept(count) {
+        survey.retain(least);
+    }
+    let mut best: Vec<(u32, f32)> =
+        survey.ids.iter().copied().zip(survey.kept.iter().copied()).collect();
+    best.sort_unstable_by(|(a, a_logit), (b, b_logit)| {
+        (b_logit + 0.0).total_cmp(&(a_logit + 0.0)).then(a.cmp(b))
+    });
+    best.truncate(count);
+    let impossible = |(_, logit): &(u32, &f32)| clean(**logit) < f32::MIN;
+    let rest = (0..).zip(logits).filter(impossible).take(count - best.len());
+    best.extend(rest.map(|(id, _)| (id, f32::NEG_INFINITY)));
+    let entry = |(rank, &(id, logit)): (u32, &(u32, f32))| TokenLogprob {
+        token: TokenId(id),
+        logprob: logprob(logit, partition),
         rank,
     };
     (1..).zip(&best).map(entry).collect()

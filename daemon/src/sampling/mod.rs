@@ -2,12 +2,12 @@
 //! Nothing here knows devices, requests in flight or time.
 
 mod beam;
-mod exp;
 mod filter;
 pub mod logprob;
 mod params;
 pub mod philox;
 pub mod rows;
+mod survey;
 
 pub use beam::{BeamSearch, Continuation};
 pub use params::Params;

@@ -35,3 +35,24 @@ pub struct Params {
     /// from the raw logits, before temperature, bias and penalties, as vLLM does.
     pub logprobs: Option<u32>,
 }
+
+impl Params {
+    /// The most likely token, always, with nothing else asked for.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: None,
+            top_p: 1.0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            prompt_index: 0,
+            min_tokens: 0,
+            stop_tokens: std::sync::Arc::new([]),
+            logprobs: None,
+        }
+    }
+}

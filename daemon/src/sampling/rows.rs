@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::logprob::candidates;
 pub use super::logprob::score;
+use super::logprob::{candidates, score_with};
 use super::params::Params;
+use super::survey::{self, Survey};
 use super::{filter, philox};
 use crate::model::batch::Draw;
 use crate::request::{Decoding, Request, TokenId};
@@ -19,17 +20,8 @@ const PARALLEL_LOGITS: usize = 1 << 16;
 /// Rows of sampling state, by [`RowId`]. A row that was never admitted draws greedily and keeps nothing.
 #[derive(Debug)]
 pub struct Rows {
-    rows: Vec<Row>,
+    rows: Vec<Option<State>>,
     vocab: usize,
-}
-
-#[derive(Debug, Default)]
-struct Row {
-    state: Option<State>,
-    /// Logits after bias and penalties.
-    work: Vec<f32>,
-    /// Logits that filters are still choosing from.
-    kept: Vec<f32>,
 }
 
 /// One sequence's state.
@@ -55,12 +47,12 @@ struct Counts {
 impl Rows {
     /// `max_rows` free rows for logits of `vocab` tokens.
     pub fn new(max_rows: usize, vocab: usize) -> Self {
-        Self { rows: (0..max_rows).map(|_| Row::default()).collect(), vocab }
+        Self { rows: (0..max_rows).map(|_| None).collect(), vocab }
     }
 
-    /// Bytes that the scratch of `max_rows` rows comes to at most.
-    pub fn bytes(max_rows: usize, vocab: usize) -> usize {
-        max_rows.saturating_mul(vocab).saturating_mul(2 * size_of::<f32>())
+    /// Bytes that drawing on `threads` threads takes at most, beside the counts of penalized sequences.
+    pub fn bytes(threads: usize, vocab: usize) -> usize {
+        threads.saturating_mul(survey::bytes(vocab))
     }
 
     /// Follows a change. Rows that are not there are ignored.
@@ -71,7 +63,7 @@ impl Rows {
                 self.set(*row, Some(state));
             }
             RowChange::Fork { from, to, choice } => {
-                let state = self.row(*from).and_then(|row| row.state.clone());
+                let state = self.row(*from).cloned();
                 self.set(*to, state.map(|state| State { choice: *choice, ..state }));
             }
             RowChange::Release { row } => self.set(*row, None),
@@ -80,15 +72,13 @@ impl Rows {
 
     /// The last token of the row's sequence.
     pub fn last_token(&self, row: RowId) -> Option<TokenId> {
-        self.row(row)?.state.as_ref()?.last
+        self.row(row)?.last
     }
 
     /// What one draw gives. `logits`: [vocab], raw. A sampled token is taken up by the row.
     pub fn draw(&mut self, draw: &Draw, logits: &[f32]) -> Drawn {
-        match self.rows.get_mut(draw.row.0 as usize) {
-            Some(row) => row.draw(draw.kind, logits),
-            None => Row::default().draw(draw.kind, logits),
-        }
+        let state = self.rows.get_mut(draw.row.0 as usize).and_then(Option::as_mut);
+        draw_row(state, draw.kind, logits)
     }
 
     /// What all of `draws` give, appended to `out` in order. `logits`: [n, vocab]; draw `i` reads row `logit_row[i]`.
@@ -114,18 +104,17 @@ impl Rows {
             "each row draws once"
         );
         // Each draw takes its row along, so that the rows can be drawn at once.
-        let mut taken: Vec<(Row, &Draw, usize)> = draws
+        let mut taken: Vec<(Option<State>, &Draw, usize)> = draws
             .iter()
             .zip(logit_row)
             .map(|(draw, &index)| {
-                let row =
-                    self.rows.get_mut(draw.row.0 as usize).map(std::mem::take).unwrap_or_default();
+                let row = self.rows.get_mut(draw.row.0 as usize).and_then(Option::take);
                 (row, draw, index)
             })
             .collect();
         let drawn: Vec<Drawn> = taken
             .par_iter_mut()
-            .map(|(row, draw, index)| row.draw(draw.kind, row_of(*index)))
+            .map(|(row, draw, index)| draw_row(row.as_mut(), draw.kind, row_of(*index)))
             .collect();
         out.extend(drawn);
         for (row, draw, _) in taken {
@@ -135,13 +124,13 @@ impl Rows {
         }
     }
 
-    fn row(&self, row: RowId) -> Option<&Row> {
-        self.rows.get(row.0 as usize)
+    fn row(&self, row: RowId) -> Option<&State> {
+        self.rows.get(row.0 as usize)?.as_ref()
     }
 
     fn set(&mut self, row: RowId, state: Option<State>) {
         if let Some(row) = self.rows.get_mut(row.0 as usize) {
-            row.state = state;
+            *row = state;
         }
     }
 }
@@ -181,41 +170,42 @@ impl State {
     }
 }
 
-impl Row {
-    fn draw(&mut self, kind: DrawKind, logits: &[f32]) -> Drawn {
-        match kind {
-            DrawKind::Candidates { count } => Drawn::Candidates(candidates(logits, count)),
-            DrawKind::Sample => self.sample(logits),
+fn draw_row(state: Option<&mut State>, kind: DrawKind, logits: &[f32]) -> Drawn {
+    match (kind, state) {
+        (DrawKind::Candidates { count }, _) => Drawn::Candidates(candidates(logits, count)),
+        (DrawKind::Sample, Some(state)) => {
+            survey::with_survey(|survey| state.sample(logits, survey))
         }
+        (DrawKind::Sample, None) => survey::with_survey(|survey| {
+            survey.look_at(logits);
+            Drawn::Token { token: survey.most_likely(logits), logprobs: None }
+        }),
     }
+}
 
-    fn sample(&mut self, logits: &[f32]) -> Drawn {
-        let Self { state, work, kept } = self;
-        let params = state.as_ref().and_then(|state| state.params.clone());
-        let token = match (&params, state.as_ref()) {
-            (Some(params), Some(state)) => {
-                let changed = changes_logits(params, state);
-                if changed {
-                    work.clear();
-                    work.extend_from_slice(logits);
-                    change_logits(params, state, work);
-                }
-                let logits = if changed { &work[..] } else { logits };
-                if filter::is_greedy(params) {
-                    filter::most_likely(logits)
-                } else {
-                    let u =
-                        philox::uniform(params.seed, params.prompt_index, state.choice, state.len);
-                    filter::draw(logits, params, u, kept)
-                }
-            }
-            _ => filter::most_likely(logits),
+impl State {
+    fn sample(&mut self, logits: &[f32], survey: &mut Survey) -> Drawn {
+        let Some(params) = self.params.clone() else {
+            survey.look_at(logits);
+            let token = survey.most_likely(logits);
+            self.take_up(token);
+            return Drawn::Token { token, logprobs: None };
         };
-        if let Some(state) = state {
-            state.take_up(token);
-        }
-        let top = params.and_then(|params| params.logprobs);
-        Drawn::Token { token, logprobs: top.map(|top| Box::new(score(logits, token, top))) }
+        let u = philox::uniform(params.seed, params.prompt_index, self.choice, self.len);
+        let token = if changes_logits(&params, self) {
+            let mut changed = std::mem::take(&mut survey.changed);
+            changed.clear();
+            changed.extend_from_slice(logits);
+            change_logits(&params, self, &mut changed);
+            let token = filter::draw(&changed, &params, u, survey);
+            survey.changed = changed;
+            token
+        } else {
+            filter::draw(logits, &params, u, survey)
+        };
+        self.take_up(token);
+        let score = |top| Box::new(score_with(logits, token, top, survey));
+        Drawn::Token { token, logprobs: params.logprobs.map(score) }
     }
 }
 

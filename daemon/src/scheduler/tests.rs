@@ -53,21 +53,7 @@ fn tokens(values: impl IntoIterator<Item = u32>) -> Arc<[TokenId]> {
 
 pub(crate) fn sample(id: u64, prompt: Arc<[TokenId]>, max_tokens: u32, choices: u32) -> Request {
     let stop_tokens = tokens([END]);
-    let params = Params {
-        temperature: 0.0,
-        top_k: None,
-        top_p: 1.0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        logit_bias: Vec::new(),
-        seed: 0,
-        prompt_index: 0,
-        min_tokens: 0,
-        stop_tokens: Arc::clone(&stop_tokens),
-        logprobs: None,
-    };
+    let params = Params { stop_tokens: Arc::clone(&stop_tokens), ..Params::greedy() };
     Request {
         id: RequestId(id),
         prompt,

@@ -88,7 +88,7 @@ impl Found {
         let workspace = CpuBackend::workspace_bytes(
             model,
             config.max_num_batched_tokens.get() as usize,
-            config.max_num_seqs.get() as usize,
+            config.threads,
         );
         let per_token =
             self.kv_shape(config, 0)?.bytes_per_token().context("the bytes of a token overflow")?;

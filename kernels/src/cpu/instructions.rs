@@ -39,15 +39,15 @@ fn detect() -> InstructionSet {
 
 /// Defines a function that runs `$body`, a generic inlined function, compiled for the chosen instruction set.
 macro_rules! dispatched {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) => $body:path) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? => $body:path) => {
         $(#[$meta])*
-        $vis fn $name($($arg: $ty),*) {
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2($($arg: $ty),*) { $body($($arg),*) }
+                fn avx2($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-                fn avx512($($arg: $ty),*) { $body($($arg),*) }
+                fn avx512($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
                 match $crate::cpu::instructions::instruction_set() {
                     // SAFETY: the processor has these instructions, `instruction_set` asked it.
                     $crate::cpu::InstructionSet::Avx2Fma => return unsafe { avx2($($arg),*) },
@@ -56,7 +56,7 @@ macro_rules! dispatched {
                     $crate::cpu::InstructionSet::Portable => {}
                 }
             }
-            $body($($arg),*);
+            $body($($arg),*)
         }
     };
 }

@@ -10,6 +10,7 @@ mod elementwise;
 mod error;
 mod exp;
 mod instructions;
+mod logits;
 mod matrix;
 mod multiply;
 mod norm;
@@ -24,6 +25,10 @@ pub use dtype::Dtype;
 pub use elementwise::{Activation, add, add_rows, gate, scale};
 pub use error::KernelError;
 pub use instructions::{InstructionSet, instruction_set};
+pub use logits::{
+    LOGIT_BLOCK, LOGIT_LANES, count_above, count_reaching, exp_sums, exp_weights, lane_maxima,
+    sum_reaching,
+};
 pub use matrix::Matrix;
 pub use norm::rms_norm;
 pub use rope::rope;

@@ -225,21 +225,7 @@ fn drawn_token_feeds_the_next_step() {
 
 fn admit(row: u32) -> RowChange {
     use crate::request::{Decoding, Request, RequestId, Salt};
-    let params = crate::sampling::Params {
-        temperature: 0.0,
-        top_k: None,
-        top_p: 1.0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        logit_bias: Vec::new(),
-        seed: 0,
-        prompt_index: 0,
-        min_tokens: 0,
-        stop_tokens: [].into(),
-        logprobs: None,
-    };
+    let params = crate::sampling::Params::greedy();
     let one = std::num::NonZeroU32::MIN;
     let request = Request {
         id: RequestId(1),

@@ -1,3 +1,5 @@
+use std::num::NonZeroUsize;
+
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
@@ -193,7 +195,7 @@ proptest! {
             prop_assert_eq!(config.heads % config.kv_heads, 0);
             prop_assert_eq!(config.rope.frequencies(config.head_dim).len() * 2, config.head_dim);
             prop_assert!(config.attention_scale.is_finite() && config.attention_scale > 0.0);
-            let _ = CpuBackend::workspace_bytes(&config, usize::MAX, usize::MAX);
+            let _ = CpuBackend::workspace_bytes(&config, usize::MAX, NonZeroUsize::new(usize::MAX));
         }
     }
 }

@@ -6,21 +6,7 @@ use super::*;
 use crate::request::{RequestId, Salt};
 
 fn params() -> Params {
-    Params {
-        temperature: 1.0,
-        top_k: None,
-        top_p: 1.0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        logit_bias: Vec::new(),
-        seed: 1,
-        prompt_index: 0,
-        min_tokens: 0,
-        stop_tokens: Arc::new([]),
-        logprobs: None,
-    }
+    Params { temperature: 1.0, seed: 1, ..Params::greedy() }
 }
 
 fn request(params: Params) -> Arc<Request> {
@@ -140,6 +126,8 @@ fn hopeless_logits_draw_the_lowest_id_and_nan_is_never_drawn() {
     for temperature in [0.0, 1.0] {
         let hopeless = drawn_once(Params { temperature, ..params() }, &[f32::NEG_INFINITY; 40]);
         assert_eq!(hopeless, 0);
+        let mixed = [f32::NAN, f32::NEG_INFINITY, f32::NAN];
+        assert_eq!(drawn_once(Params { temperature, ..params() }, &mixed), 0);
         assert_eq!(
             drawn_once(Params { temperature, ..params() }, &[f32::NAN, f32::NAN, 0.5, f32::NAN]),
             2
@@ -224,6 +212,36 @@ proptest! {
         admit(&mut rows, 5, params, choice, &wanted[..3]);
         for (logits, &wanted) in all.iter().zip(&wanted).skip(3) {
             prop_assert_eq!(sample(&mut rows, 5, logits), wanted);
+        }
+    }
+
+    #[test]
+    fn changed_logits_are_those_of_the_plain_formula(
+        logits in prop::collection::vec(-8.0..8.0_f32, 12),
+        output in prop::collection::vec(0..12_u32, 0..20),
+        repetition in 0.5..2.0_f32, frequency in -2.0..2.0_f32, presence in -2.0..2.0_f32,
+        bias in -5.0..5.0_f32, min_tokens in 0..20_u32,
+    ) {
+        let params = Params {
+            repetition_penalty: repetition, frequency_penalty: frequency, presence_penalty: presence,
+            logit_bias: vec![(TokenId(2), bias), (TokenId(7), -bias)],
+            min_tokens, stop_tokens: Arc::new([TokenId(4)]), ..params()
+        };
+        let request = request(params.clone());
+        let history: Vec<TokenId> = request.prompt.iter().copied().chain(output.iter().map(|&id| TokenId(id))).collect();
+        let mut got = logits.clone();
+        change_logits(&params, &State::admitted(&request, 0, &history), &mut got);
+        for (id, (&logit, &got)) in (0..).zip(logits.iter().zip(&got)) {
+            let mut wanted = logit;
+            if id == 2 { wanted += bias }
+            if id == 7 { wanted -= bias }
+            if id == 4 && output.len() < min_tokens as usize { wanted = f32::NEG_INFINITY }
+            let times = output.iter().filter(|&&token| token == id).count();
+            if times > 0 || [1, 2].contains(&id) {
+                wanted *= if wanted > 0.0 { 1.0 / repetition } else { repetition };
+            }
+            wanted -= frequency * times as f32 + if times > 0 { presence } else { 0.0 };
+            prop_assert!(got == wanted || (got - wanted).abs() < 1e-4, "token {id}: {got}, wanted {wanted}");
         }
     }
 

@@ -1,10 +1,21 @@
 //! What the fuzzers run, and what replays their corpus as plain tests. Every function takes any bytes and must not
 //! panic, hang or take memory out of proportion. Not part of the interface.
 
-use serde_json::{Map, Value, json};
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
 
+use serde_json::{Map, Value, json};
+use tokio::runtime::Runtime;
+
+use crate::api::error::ApiError;
+use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded};
+use crate::api::{chat, completions};
+use crate::engine::handle::{Capacity, Handle};
+use crate::metrics::Metrics;
+use crate::model::files::named_in_index;
 use crate::model::text::{ChatRequest, Text, render_template};
-use crate::model::weights::gguf::Gguf;
+use crate::model::weights::gguf::{Array, Gguf, Value as Entry};
+use crate::request::{Decoding, Request};
 
 /// The GGUF reader, and the tokenizer assembled from what it read.
 pub fn fuzz_gguf(data: &[u8]) {
@@ -40,7 +51,83 @@ pub fn fuzz_template(data: &[u8]) {
     }
 }
 
-/// The reader of safetensors headers and of the index of a model in several files.
+/// The parser of completion requests, up to the engine.
+pub fn fuzz_completion_request(data: &[u8]) {
+    check(RUNTIME.block_on(completions::requests(&STATE, data)));
+}
+
+/// The parser of chat requests, up to the engine.
+pub fn fuzz_chat_request(data: &[u8]) {
+    check(RUNTIME.block_on(chat::request(&STATE, data)).map(|request| vec![request]));
+}
+
+const MAX_MODEL_LEN: u32 = 512;
+
+/// What was read keeps its promises, and what was refused is the client's fault.
+fn check(read: Result<Vec<Request>, ApiError>) {
+    match read {
+        Ok(requests) => {
+            assert!(!requests.is_empty());
+            requests.iter().for_each(check_request);
+        }
+        Err(error) => {
+            assert!(error.status().is_client_error(), "{error} is the server's fault");
+            assert!(error.body()["error"]["code"].is_string());
+        }
+    }
+}
+
+fn check_request(request: &Request) {
+    let vocab = STATE.loaded().map_or(0, |loaded| loaded.text.vocab_size());
+    assert!(!request.prompt.is_empty());
+    assert!(request.prompt.iter().all(|token| (token.0 as usize) < vocab));
+    assert!(request.prompt.len() + request.max_tokens.get() as usize <= MAX_MODEL_LEN as usize);
+    assert!(request.stop_tokens.is_sorted() && request.width().get() <= STATE.limits.choices);
+    if let Decoding::Sample { params, .. } = &request.decoding {
+        let numbers = [params.temperature, params.top_p, params.min_p, params.repetition_penalty];
+        assert!(numbers.iter().all(|number| number.is_finite() && *number >= 0.0));
+        assert!(params.min_tokens <= request.max_tokens.get());
+    }
+}
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime")
+});
+
+/// A model without an engine.
+static STATE: LazyLock<ApiState> = LazyLock::new(|| {
+    let metrics = Arc::new(Metrics::new("tiny").expect("constant names"));
+    let limits = ApiLimits::with_body_bytes(1 << 20);
+    let state = ApiState::new(vec!["tiny".to_owned()], vec![], limits, CacheScope::Key, metrics);
+    let text = Arc::new(Text::from_gguf(&vocabulary()).expect("a constant vocabulary"));
+    let capacity =
+        Capacity { max_model_len: MAX_MODEL_LEN, max_num_seqs: 64, block_size: 16, blocks: 64 };
+    let longest_token = crate::api::ask::longest_token(&text);
+    let handle = Handle::detached(capacity);
+    state.set_loaded(Loaded { handle, text, fingerprint: "fuzz".to_owned(), longest_token });
+    state
+});
+
+/// Every byte is a token, and there is a chat template.
+fn vocabulary() -> Gguf {
+    let mut texts = vec!["<unk>".to_owned(), "<s>".to_owned(), "</s>".to_owned()];
+    texts.extend((0..=255_u8).map(|byte| format!("<0x{byte:02X}>")));
+    let kinds = [2, 3, 3].into_iter().chain(std::iter::repeat_n(6, 256)).collect();
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+    let entries = [
+        ("ggml.model", Entry::String("llama".to_owned())),
+        ("ggml.scores", Entry::Array(Array::F32s(vec![0.0; texts.len()]))),
+        ("ggml.tokens", Entry::Array(Array::Strings(texts))),
+        ("ggml.token_type", Entry::Array(Array::I32s(kinds))),
+        ("ggml.bos_token_id", Entry::U32(1)),
+        ("ggml.eos_token_id", Entry::U32(2)),
+        ("chat_template", Entry::String(template.to_owned())),
+    ];
+    let metadata = entries.into_iter().map(|(key, value)| (format!("tokenizer.{key}"), value));
+    Gguf { metadata: metadata.collect(), tensors: Default::default() }
+}
+
+/// The reader of safetensors headers.
 pub fn fuzz_safetensors(data: &[u8]) {
     drop(safetensors::SafeTensors::read_metadata(data).map(|(header, metadata)| {
         for tensor in metadata.tensors().values() {
@@ -48,4 +135,12 @@ pub fn fuzz_safetensors(data: &[u8]) {
             assert!(start <= end && header.checked_add(end).is_some());
         }
     }));
+}
+
+/// The reader of the index of a model in several safetensors files.
+pub fn fuzz_safetensors_index(data: &[u8]) {
+    let Ok(json) = serde_json::from_slice(data) else { return };
+    for name in named_in_index(Path::new("index"), &json).into_iter().flatten() {
+        assert_eq!(Path::new("folder").join(&name).parent(), Some(Path::new("folder")), "{name}");
+    }
 }

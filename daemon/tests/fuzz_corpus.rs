@@ -27,6 +27,21 @@ fn the_template_renderer_survives_its_corpus() {
 }
 
 #[test]
+fn the_completion_parser_survives_its_corpus() {
+    replay("completion_request", daemon::fuzz::fuzz_completion_request);
+}
+
+#[test]
+fn the_chat_parser_survives_its_corpus() {
+    replay("chat_request", daemon::fuzz::fuzz_chat_request);
+}
+
+#[test]
 fn the_safetensors_reader_survives_its_corpus() {
     replay("safetensors", daemon::fuzz::fuzz_safetensors);
+}
+
+#[test]
+fn the_reader_of_an_index_survives_its_corpus() {
+    replay("safetensors_index", daemon::fuzz::fuzz_safetensors_index);
 }

@@ -18,7 +18,7 @@ use super::respond::{Envelope, Writer, respond};
 use super::shape;
 use super::state::{ApiState, Loaded};
 use crate::model::text::{AddSpecial, ChatRequest};
-use crate::request::TokenId;
+use crate::request::{Request, TokenId};
 
 /// The `object` of chunks.
 const CHUNK: &str = "chat.completion.chunk";
@@ -60,9 +60,9 @@ pub(crate) async fn complete(
     Body(body): Body,
 ) -> Result<Response, ApiError> {
     let loaded = state.loaded()?;
-    let Ask { generation, prompt, echoed } = read(&state, loaded, &key, &body).await?;
-    let default = loaded.text.sampling_defaults().max_new_tokens;
-    let request = generation.request(loaded, prompt.clone(), 0, default)?;
+    let ask = read(&state, loaded, &key, &body).await?;
+    let request = ask.request(loaded)?;
+    let Ask { generation, prompt, echoed } = ask;
     let writer = Chat {
         envelope: Envelope::new("chatcmpl", request.id, &generation, &state, loaded),
         prompt,
@@ -94,6 +94,22 @@ async fn read(
     let prompt = conversation.prompt(loaded).await?;
     generation.check_prompt_logprobs(prompt.len(), &state.limits)?;
     Ok(Ask { generation, prompt, echoed })
+}
+
+/// The request that a body asks for.
+///
+/// # Errors
+/// As [`complete`], but for those of the engine.
+pub(crate) async fn request(state: &ApiState, body: &[u8]) -> Result<Request, ApiError> {
+    let loaded = state.loaded()?;
+    read(state, loaded, &ShownKey(None), body).await?.request(loaded)
+}
+
+impl Ask {
+    fn request(&self, loaded: &Loaded) -> Result<Request, ApiError> {
+        let default = loaded.text.sampling_defaults().max_new_tokens;
+        self.generation.request(loaded, self.prompt.clone(), 0, default)
+    }
 }
 
 fn read_logprobs(fields: &mut Fields, most: u32) -> Result<Option<u32>, ApiError> {

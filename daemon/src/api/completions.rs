@@ -18,7 +18,7 @@ use super::respond::{Envelope, Writer, respond};
 use super::shape::{self, CompletionLogprobs};
 use super::state::{ApiLimits, ApiState, Loaded};
 use crate::model::text::{AddSpecial, SpecialTokens};
-use crate::request::{FinishReason, RequestId, TokenId, TokenLogprobs};
+use crate::request::{FinishReason, Request, RequestId, TokenId, TokenLogprobs};
 
 /// The `object` of answers and chunks.
 const OBJECT: &str = "text_completion";
@@ -66,11 +66,9 @@ pub(crate) async fn complete(
     Body(body): Body,
 ) -> Result<Response, ApiError> {
     let loaded = state.loaded()?;
-    let Ask { generation, prompts, echo } = read(&state, loaded, &key, &body).await?;
-    let request = |(index, prompt): (u32, &Vec<TokenId>)| {
-        generation.request(loaded, prompt.clone(), index, Some(DEFAULT_MAX_TOKENS))
-    };
-    let requests = (0..).zip(&prompts).map(request).collect::<Result<Vec<_>, _>>()?;
+    let ask = read(&state, loaded, &key, &body).await?;
+    let requests = ask.requests(loaded)?;
+    let Ask { generation, prompts, echo } = ask;
     let id = requests.first().map_or(RequestId(0), |request| request.id);
     let gathers = ask::submit(&state, loaded, &generation, requests)?;
     let envelope = Envelope::new("cmpl", id, &generation, &state, loaded);
@@ -123,7 +121,23 @@ async fn read(
     Ok(ask)
 }
 
+/// The requests that a body asks for.
+///
+/// # Errors
+/// As [`complete`], but for those of the engine.
+pub(crate) async fn requests(state: &ApiState, body: &[u8]) -> Result<Vec<Request>, ApiError> {
+    let loaded = state.loaded()?;
+    read(state, loaded, &ShownKey(None), body).await?.requests(loaded)
+}
+
 impl Ask {
+    fn requests(&self, loaded: &Loaded) -> Result<Vec<Request>, ApiError> {
+        let request = |(index, prompt): (u32, &Vec<TokenId>)| {
+            self.generation.request(loaded, prompt.clone(), index, Some(DEFAULT_MAX_TOKENS))
+        };
+        (0..).zip(&self.prompts).map(request).collect()
+    }
+
     /// Refuses answers that would say long prompts many times: each choice repeats what is asked of its prompt.
     fn check_repeats(&self, limits: &ApiLimits) -> Result<(), ApiError> {
         let n = self.generation.choices.returned().get() as usize;

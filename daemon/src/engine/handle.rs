@@ -130,6 +130,14 @@ impl Handle {
         Self { commands, shared, state, limits, capacity }
     }
 
+    /// A handle to no engine, for reading requests alone: what is submitted is refused as [`Refused::Stopped`].
+    pub(crate) fn detached(capacity: Capacity) -> Self {
+        let (commands, _) = std::sync::mpsc::sync_channel(1);
+        let limits = QueueLimits { requests: NonZeroUsize::MIN, tokens: NonZeroUsize::MIN };
+        let (state, _) = watch::channel(State::Stopped);
+        Self::new(commands, Arc::new(Shared::new()), state, limits, capacity)
+    }
+
     /// An id that no other request of this engine has.
     pub fn next_id(&self) -> RequestId {
         RequestId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))

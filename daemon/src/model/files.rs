@@ -117,26 +117,26 @@ pub(super) fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>, ModelErro
             return Err(not_wanted(folder, wanted, "neither".to_owned()));
         }
     }
-    let json = read_json(&index, 64 * MOST_CONFIG_BYTES)?;
+    let named = named_in_index(&index, &read_json(&index, 64 * MOST_CONFIG_BYTES)?)?;
+    Ok(named.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// The files that an index names, which lie beside it.
+pub(crate) fn named_in_index(index: &Path, json: &Json) -> Result<BTreeSet<String>, ModelError> {
     let Some(map) = json.get("weight_map").and_then(Json::as_object) else {
-        return Err(not_wanted(&index, "an object weight_map", "none".to_owned()));
+        return Err(not_wanted(index, "an object weight_map", "none".to_owned()));
     };
     let mut names = BTreeSet::new();
     for (tensor, file) in map {
-        match file.as_str().filter(|file| is_plain(file)) {
-            Some(file) => names.insert(file),
-            None => {
-                return Err(not_wanted(
-                    &index,
-                    "the name of a file in the folder",
-                    format!("{file} for {tensor}"),
-                ));
-            }
+        let Some(name) = file.as_str().filter(|file| is_plain(file)) else {
+            let got = format!("{file} for {tensor}");
+            return Err(not_wanted(index, "the name of a file in the folder", got));
         };
+        names.insert(name.to_owned());
     }
     match names.len() {
-        1..=MOST_FILES => Ok(names.into_iter().map(|name| folder.join(name)).collect()),
-        other => Err(not_wanted(&index, "1 to 4096 files", other.to_string())),
+        1..=MOST_FILES => Ok(names),
+        other => Err(not_wanted(index, "1 to 4096 files", other.to_string())),
     }
 }
 

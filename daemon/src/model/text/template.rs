@@ -2,7 +2,10 @@
 
 mod functions;
 
-use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind};
@@ -20,6 +23,13 @@ const FUEL: u64 = 500_000;
 /// Stack of the thread that parses and renders. The engine recurses along chains of operators and nested values, which
 /// the limits on source and fuel bound to some hundred thousand frames; the pages count only when they are touched.
 const STACK_BYTES: usize = 256 << 20;
+/// Parsing or rendering that takes longer has failed. Fuel does not count everything: lists that are joined with
+/// themselves and comparisons of lists that share parts can take for ever. A long chat takes some 10 ms.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Threads that may be past the deadline at once. They cannot be ended; each takes a core, and memory that only the
+/// process's own limit bounds. When so many are stuck, no template is rendered until one of them ends.
+const MOST_STUCK: usize = 4;
+static STUCK: AtomicUsize = AtomicUsize::new(0);
 /// Depth of macros and loops that call themselves.
 const MAX_RECURSION: usize = 100;
 /// The name of the one template.
@@ -37,7 +47,8 @@ static GENERATION: LazyLock<Regex> = LazyLock::new(|| {
 /// A template that parses.
 #[derive(Debug)]
 pub(super) struct Template {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    limit: Duration,
 }
 
 impl Template {
@@ -58,11 +69,12 @@ impl Template {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         functions::add(&mut environment);
         let source = without_generation(source);
-        on_deep_stack(|| {
+        let environment = on_own_thread(DEADLINE, move || {
             let added = environment.add_template_owned(NAME, source);
-            added.map_err(|error| failed(message(&error)))
+            added.map_err(|error| failed(message(&error)))?;
+            Ok(environment)
         })?;
-        Ok(Self { environment })
+        Ok(Self { environment: Arc::new(environment), limit: DEADLINE })
     }
 
     /// Renders a chat.
@@ -91,9 +103,10 @@ impl Template {
         specials: &SpecialTexts,
         messages: Value,
     ) -> Result<String, TextError> {
-        let prompt = on_deep_stack(|| {
-            let variables = variables(chat, specials, messages)?;
-            let template = self.environment.get_template(NAME);
+        let variables = variables(chat, specials, messages)?;
+        let environment = Arc::clone(&self.environment);
+        let prompt = on_own_thread(self.limit, move || {
+            let template = environment.get_template(NAME);
             let rendered = template.and_then(|template| template.render(variables));
             rendered.map_err(|error| failed(message(&error)))
         })?;
@@ -109,16 +122,46 @@ fn failed(reason: String) -> TextError {
     TextError::Template { reason }
 }
 
-/// Runs `work` on a thread with room for deep recursion. A panic in it is the template's failure.
-fn on_deep_stack<T: Send>(
-    work: impl FnOnce() -> Result<T, TextError> + Send,
+/// Runs `work` on a thread with room for deep recursion, and waits for it until the deadline. A panic in it is the
+/// template's failure.
+fn on_own_thread<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> Result<T, TextError> + Send + 'static,
 ) -> Result<T, TextError> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name(NAME.to_owned()).stack_size(STACK_BYTES);
-        let running = thread.spawn_scoped(scope, work);
-        let running = running.map_err(|error| failed(format!("start its thread: {error}")))?;
-        running.join().unwrap_or_else(|_| Err(failed("the renderer failed".to_owned())))
-    })
+    if STUCK.load(Ordering::Relaxed) >= MOST_STUCK {
+        return Err(failed(format!("{MOST_STUCK} chats are stuck in it, no other is tried")));
+    }
+    let (sender, done) = sync_channel(1);
+    let given_up = Arc::new(AtomicBool::new(false));
+    let ending = Ending(Arc::clone(&given_up));
+    let thread = std::thread::Builder::new().name(NAME.to_owned()).stack_size(STACK_BYTES);
+    let started = thread.spawn(move || {
+        let _ending = ending;
+        // Nobody waits for it any more when it cannot be sent.
+        drop(sender.send(work()));
+    });
+    started.map_err(|error| failed(format!("start its thread: {error}")))?;
+    match done.recv_timeout(limit) {
+        Ok(done) => done,
+        Err(RecvTimeoutError::Disconnected) => Err(failed("the renderer failed".to_owned())),
+        Err(RecvTimeoutError::Timeout) => {
+            STUCK.fetch_add(1, Ordering::Relaxed);
+            drop(Ending(given_up));
+            Err(failed(format!("did not end within {} s", limit.as_secs_f32())))
+        }
+    }
+}
+
+/// Dropped by the thread when it ends and by its owner when it gives up: the second of them says that the thread is
+/// stuck no more.
+struct Ending(Arc<AtomicBool>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if self.0.swap(true, Ordering::Relaxed) {
+            STUCK.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 /// What went wrong and where, in one line, with the causes.

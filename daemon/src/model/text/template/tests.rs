@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Template, cut_at_marker};
+use super::{Ordering, STUCK, Template, cut_at_marker};
 use crate::model::text::{ChatRequest, SpecialTexts, TextError};
 
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
@@ -135,4 +135,34 @@ fn deep_templates_are_refused_without_a_crash() {
         };
         reason(&source);
     }
+}
+
+/// What fuel does not count: each level compares two lists twice that are each other's parts.
+fn shared_lists_compared(levels: u32) -> String {
+    let deeper = "{% set a.x = [a.x, a.x] %}{% set b.x = [b.x, b.x] %}".repeat(levels as usize);
+    format!(
+        "{{% set a = namespace(x=[0]) %}}{{% set b = namespace(x=[0]) %}}{deeper}{{{{ a.x == b.x }}}}"
+    )
+}
+
+#[test]
+fn a_template_that_does_not_end_fails_at_its_deadline() {
+    let mut template = Template::parse(&shared_lists_compared(20)).unwrap();
+    let (messages, kwargs) = (json!([{"role": "user", "content": "x"}]), Map::new());
+    template.limit = std::time::Duration::from_millis(20);
+    let refused = template.render(&chat(&messages, &kwargs), &SpecialTexts::default()).unwrap_err();
+    assert!(refused.to_string().contains("did not end within 0.02 s"), "{refused}");
+    // It ends in the background, and then nothing is stuck.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while STUCK.load(Ordering::Relaxed) > 0 && std::time::Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    assert_eq!(STUCK.load(Ordering::Relaxed), 0);
+    assert_eq!(
+        Template::parse(&shared_lists_compared(3))
+            .unwrap()
+            .render(&chat(&messages, &kwargs), &SpecialTexts::default())
+            .unwrap(),
+        "True"
+    );
 }

@@ -1,0 +1,4 @@
+//! See `daemon::fuzz::fuzz_chat_request`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| daemon::fuzz::fuzz_chat_request(data));

@@ -1,5 +1,5 @@
 //! What a step costs beside the model: scheduling and committing for 256 sequences, and sampling against one read of
-//! the logits. `cargo bench -p daemon --bench step`. Best of many; compare within one table only.
+//! the logits. `cargo bench -p daemon --bench step -- MODEL.gguf`. Best of many; compare within one table only.
 
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use daemon::kv::BlockSize;
 use daemon::model::batch::{Batch, Draw};
+use daemon::model::text::{Detokenizer, IncludeStop, SpecialTokens, StopStrings, Text};
+use daemon::model::weights::gguf::Gguf;
 use daemon::request::{Decoding, Request, RequestId, Salt, TokenId};
 use daemon::sampling::Params;
 use daemon::sampling::rows::Rows;
@@ -148,13 +150,45 @@ fn sampling(vocab: usize, shape: Shape) {
     }
 }
 
+/// Turns a token of each of [`SEQUENCES`] choices into text and looks for two stop strings; the mean of 200 steps.
+fn detokenizing(text: &Arc<Text>) -> Duration {
+    let choice = || {
+        let stops = StopStrings::new(vec!["\n\nUser:".into(), "###".into()], IncludeStop::No);
+        (Detokenizer::new(Arc::clone(text), &[], SpecialTokens::Skip), stops)
+    };
+    let mut choices: Vec<_> = (0..SEQUENCES).map(|_| choice()).collect();
+    let started = Instant::now();
+    for step in 0..200 {
+        for (id, (detokenizer, stops)) in (0..).zip(&mut choices) {
+            let piece = detokenizer.push(TokenId((id * 131 + step * 7) % 40_000 + 300));
+            black_box(stops.push(&piece));
+        }
+    }
+    started.elapsed() / 200
+}
+
+/// The vocabulary of a GGUF file that the command line names.
+fn named_text() -> Option<Arc<Text>> {
+    let path = std::env::args().skip(1).find(|arg| !arg.starts_with("--"))?;
+    let bytes = std::fs::read(path).ok()?;
+    Text::from_gguf(&Gguf::parse(&bytes).ok()?).ok().map(Arc::new)
+}
+
+fn print_step(what: &str, took: Duration) {
+    println!(
+        "{:<34}{:>12.1} us a step",
+        format!("{what}, {SEQUENCES} decodes"),
+        took.as_secs_f64() * 1e6
+    );
+}
+
 fn main() {
-    if let Some(step) = scheduling() {
-        println!(
-            "{:<34}{:>12.1} us a step",
-            format!("schedule + commit, {SEQUENCES} decodes"),
-            step.as_secs_f64() * 1e6
-        );
+    if let Some(took) = scheduling() {
+        print_step("schedule + commit", took);
+    }
+    match named_text() {
+        Some(text) => print_step("detokenize", detokenizing(&text)),
+        None => println!("detokenize: not run, name a GGUF file after --"),
     }
     for shape in [Shape::Peaked, Shape::Flat] {
         [49_152, 151_936].into_iter().for_each(|vocab| sampling(vocab, shape));

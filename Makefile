@@ -43,7 +43,8 @@ fuzz: tools ## Fuzz the parsers and readers, each for FUZZ_SECONDS (installs car
 	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
 	@set -e; for target in $$($(CARGO) +nightly fuzz list); do \
 		echo "fuzz $$target for $(FUZZ_SECONDS) s"; \
-		$(CARGO) +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -timeout=10; \
+		mkdir -p fuzz/found/$$target; \
+		$(CARGO) +nightly fuzz run "$$target" fuzz/found/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10; \
 	done
 
 tools:

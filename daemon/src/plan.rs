@@ -74,6 +74,11 @@ pub enum PlanError {
         missing_bytes, mib(*missing_bytes)
     )]
     SequenceDoesNotFit { len: u32, needed: u64, blocks: u64, missing_bytes: u64, fits: u64 },
+    #[error(
+        "the plan takes {needed} bytes ({} MiB), this machine or its cgroup has {total} bytes ({} MiB)",
+        mib(*needed), mib(*total)
+    )]
+    LargerThanMachine { needed: u64, total: u64 },
     #[error("the sizes overflow: {0}")]
     Overflow(&'static str),
 }
@@ -86,7 +91,7 @@ impl MemoryPlan {
     /// Divides the memory by the flags.
     ///
     /// # Errors
-    /// When the weights or one sequence of the stated length do not fit, with what is missing.
+    /// When the weights, one sequence of the stated length, or all of it together do not fit, with what is missing.
     pub fn new(config: &ServeConfig, demand: Demand, machine: Machine) -> Result<Self, PlanError> {
         let wanted_len = wanted_len(config, demand)?;
         let fixed = demand
@@ -110,6 +115,11 @@ impl MemoryPlan {
         let kv_bytes = (pool + 1)
             .checked_mul(block_bytes)
             .ok_or(PlanError::Overflow("bytes of all blocks"))?;
+        let needed = fixed.saturating_add(kv_bytes);
+        // Checked here: where the kernel overcommits, as on every Kubernetes node, no allocation fails before it kills.
+        if needed > machine.total {
+            return Err(PlanError::LargerThanMachine { needed, total: machine.total });
+        }
         Ok(Self {
             weights_bytes: demand.weights,
             workspace_bytes: demand.workspace,
@@ -119,7 +129,7 @@ impl MemoryPlan {
             block_size: config.block_size.get(),
             blocks,
             kv_bytes,
-            total_bytes: fixed.saturating_add(kv_bytes),
+            total_bytes: needed,
             max_model_len: len,
             max_model_len_lowered: lowered,
             sequences_at_full_length: u32::try_from(pool / per_sequence.max(1)).unwrap_or(u32::MAX),

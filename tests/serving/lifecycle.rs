@@ -124,6 +124,9 @@ fn a_plan_says_where_the_memory_goes_and_what_is_missing() -> Result<()> {
         code == 1 && error.contains("needs 7 KV blocks") && error.contains("at most 64"),
         "{code}: {error}"
     );
+    let (code, _, error) =
+        harness::run(&["serve", &model, "--num-gpu-blocks-override", "2000000000"])?;
+    ensure!(code == 1 && error.contains("this machine or its cgroup has"), "{code}: {error}");
     Ok(())
 }
 

@@ -370,7 +370,7 @@ fn gguf_rope_factors_divide_the_frequencies() {
 }
 
 #[test]
-fn made_up_model_beyond_all_memory_is_an_error_with_its_tensor() {
+fn made_up_model_beyond_all_memory_is_opened_without_taking_any() {
     let mut config = config();
     config["vocab_size"] = json!(1 << 24);
     config["hidden_size"] = json!(1 << 20);
@@ -378,6 +378,4 @@ fn made_up_model_beyond_all_memory_is_an_error_with_its_tensor() {
         open(folder(&config, &[]).path(), LoadFormat::Dummy { seed: 1 }, WeightDtype::Auto)
             .unwrap();
     assert!(opened.weight_bytes() > 1 << 45);
-    let error = opened.load(&mut |_, _| ()).unwrap_err().to_string();
-    assert!(error.contains("model.embed_tokens.weight: there is no memory"), "{error}");
 }

@@ -1,6 +1,7 @@
 //! Flags, environment and configuration file into checked structs: the only reader of the environment.
 //! A value is taken from the flag, else from `BINDERY_<FLAG>`, else from the file of `--config`, else it is the default.
 
+mod cluster;
 mod flags;
 mod layers;
 mod number;
@@ -17,6 +18,8 @@ use clap::error::ErrorKind;
 use serde_json::json;
 
 use crate::bench::serve::BenchServeArgs;
+use crate::node::NodeConfig;
+use crate::replica::ReplicaConfig;
 use crate::source::{Location, Token};
 
 pub use flags::{Dtype, KvCacheDtype, LoadFormat, LogFormat, PlanFormat, PrefixCacheScope};
@@ -26,6 +29,8 @@ pub use flags::{Dtype, KvCacheDtype, LoadFormat, LogFormat, PlanFormat, PrefixCa
 pub enum Command {
     Serve(Box<ServeConfig>),
     Plan { config: Box<ServeConfig>, format: PlanFormat },
+    Node(Box<NodeConfig>),
+    Replica(Box<ReplicaConfig>),
     BenchServe(Box<BenchServeArgs>),
 }
 
@@ -89,7 +94,8 @@ impl Listen {
             ),
             Example::Completion => ("completions", "prompt", json!("The capital of France is")),
         };
-        let body = json!({"model": model, field: prompt, "max_tokens": 64});
+        // At temperature 0 a small model is at its most sensible.
+        let body = json!({"model": model, field: prompt, "max_tokens": 64, "temperature": 0});
         // A single quote ends the shell's string, so it is written outside of it.
         let body = body.to_string().replace('\'', "'\\''");
         let (socket, host) = match self {
@@ -281,6 +287,10 @@ pub fn parse(
             format: plan.format,
             config: Box::new(check(plan.serve, environment, ignored)?),
         }),
+        flags::Subcommand::Node(node) => Ok(Command::Node(Box::new(cluster::node(node)?))),
+        flags::Subcommand::Replica(replica) => {
+            Ok(Command::Replica(Box::new(cluster::replica(replica)?)))
+        }
         flags::Subcommand::Bench(flags::Bench { command: flags::BenchCommand::Serve(bench) }) => {
             Ok(Command::BenchServe(bench))
         }

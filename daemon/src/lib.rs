@@ -4,6 +4,7 @@
 pub mod api;
 pub mod backend;
 pub mod bench;
+pub mod claim;
 pub mod config;
 pub mod confine;
 pub mod engine;
@@ -12,9 +13,11 @@ pub mod fuzz;
 pub mod kv;
 pub mod metrics;
 pub mod model;
+pub mod node;
 pub mod plan;
 #[cfg(test)]
 mod purity;
+pub mod replica;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;

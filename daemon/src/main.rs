@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use daemon::bench::serve::Verdict;
 use daemon::config::{self, Command, Environment};
-use daemon::{bench, serve};
+use daemon::{bench, node, replica, serve};
 
 fn main() -> ExitCode {
     let command = match config::parse(std::env::args_os(), &Environment::of_process()) {
@@ -17,10 +17,16 @@ fn main() -> ExitCode {
         Command::Plan { config, format } => {
             serve::print_plan(&config, format, &mut std::io::stdout())
         }
+        Command::Node(config) => node::run(&config),
+        Command::Replica(config) => return ended(replica::run(*config)),
         Command::BenchServe(args) => run_bench(&args),
     };
+    ended(done.map(|()| ExitCode::SUCCESS))
+}
+
+fn ended(done: anyhow::Result<ExitCode>) -> ExitCode {
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -79,7 +79,11 @@ pub fn print_plan(config: &ServeConfig, format: PlanFormat, output: &mut impl Wr
     Ok(())
 }
 
-fn start_log(config: &LogConfig) -> Result<()> {
+/// Starts to log to stderr.
+///
+/// # Errors
+/// When the filter is none.
+pub(crate) fn start_log(config: &LogConfig) -> Result<()> {
     let filter =
         tracing_subscriber::EnvFilter::try_new(&config.filter).context("read --log-level")?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
@@ -113,6 +117,7 @@ async fn serve(
     let mut signals = Signals::new()?;
     let bound = bind(&config.listen).await?;
     if agent.is_some() {
+        supervised::open_socket(&config.listen)?;
         supervised::deny_sockets();
     }
     let metrics =

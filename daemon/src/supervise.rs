@@ -24,7 +24,7 @@ pub enum Command {
 }
 
 /// What the engine tells the agent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
     /// Weights that are in memory, of all.
@@ -40,7 +40,7 @@ pub enum Event {
 }
 
 /// Why an engine ends; the words of a replica's termination message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FailureReason {
     EngineCrashed,
     UnsupportedModel,
@@ -49,6 +49,20 @@ pub enum FailureReason {
     Unauthorized,
     MemoryGrantTooSmall,
     InvalidConfiguration,
+}
+
+impl From<FailureReason> for crds::Reason {
+    fn from(reason: FailureReason) -> Self {
+        match reason {
+            FailureReason::EngineCrashed => Self::EngineCrashed,
+            FailureReason::UnsupportedModel => Self::UnsupportedModel,
+            FailureReason::UnsupportedDevice => Self::UnsupportedDevice,
+            FailureReason::ChecksumMismatch => Self::ChecksumMismatch,
+            FailureReason::Unauthorized => Self::Unauthorized,
+            FailureReason::MemoryGrantTooSmall => Self::MemoryGrantTooSmall,
+            FailureReason::InvalidConfiguration => Self::InvalidSpec,
+        }
+    }
 }
 
 /// A line that is no command.
@@ -63,7 +77,7 @@ pub enum LineError {
 }
 
 /// A command as it stands on its line.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 enum Line {
     Drain {},
@@ -71,6 +85,19 @@ enum Line {
 }
 
 impl Command {
+    /// The line that says this, without its end.
+    ///
+    /// # Errors
+    /// When a key cannot be written, which no key is.
+    pub fn to_line(&self) -> serde_json::Result<String> {
+        serde_json::to_string(&match self {
+            Self::Drain => Line::Drain {},
+            Self::ApiKeys(keys) => {
+                Line::ApiKeys(keys.iter().map(|key| key.expose().to_owned()).collect())
+            }
+        })
+    }
+
     /// Reads one line.
     ///
     /// # Errors
@@ -260,6 +287,14 @@ mod tests {
         let keys = vec![ApiKey::new("a".into()).unwrap(), ApiKey::new("b".into()).unwrap()];
         let read = commands("{\"api_keys\":[\"a\",\"b\"]}\n\n{\"drain\":{}}");
         assert_eq!(read, [Command::ApiKeys(keys), Command::Drain]);
+    }
+
+    #[test]
+    fn a_command_is_read_as_it_was_written() {
+        for command in [Command::Drain, Command::ApiKeys(vec![ApiKey::new("sk-1".into()).unwrap()])]
+        {
+            assert_eq!(Command::from_line(&command.to_line().unwrap()).unwrap(), command);
+        }
     }
 
     #[test]

@@ -29,8 +29,120 @@ pub(super) enum Subcommand {
     /// Prints the memory plan of a model without starting anything; exit code 1 when it does not fit
     #[command(args_override_self = true, after_help = LAYERS)]
     Plan(Plan),
+    /// Runs the node agent: lends this node's memory through the kubelet, runs an engine for each replica
+    #[command(args_override_self = true, after_help = LAYERS)]
+    Node(Node),
+    /// Runs a replica Pod's process: claims an engine of the node agent and forwards to it
+    #[command(args_override_self = true, after_help = LAYERS)]
+    Replica(Replica),
     /// Measures a server
     Bench(Bench),
+}
+
+/// What every long-running command logs and how.
+#[derive(Debug, Args)]
+pub(super) struct Log {
+    /// What to log: error, warn, info, debug, trace, or directives such as daemon=debug
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    pub(super) log_level: String,
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(super) log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Node {
+    /// YAML file with the same keys as the flags
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Memory to lend as bindery.dev/cpu-memory-gib, in whole GiB: 16Gi
+    #[arg(long, value_name = "BYTES")]
+    pub(super) cpu_memory: Option<crds::Bytes>,
+    /// File that lists GPUs (uuid, memoryGib) in place of the driver
+    #[arg(long, value_name = "FILE")]
+    pub(super) gpu_inventory: Option<PathBuf>,
+    /// Folder that file:// is below
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/bindery-models")]
+    pub(super) model_dir: PathBuf,
+    /// Folder for grants and downloads; it must have the same path on the node
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/bindery")]
+    pub(super) state_dir: PathBuf,
+    /// The kubelet's folder
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
+    pub(super) kubelet_dir: PathBuf,
+    /// Where hf:// is
+    #[arg(long, value_name = "URL", default_value = "https://huggingface.co")]
+    pub(super) hub_endpoint: String,
+    /// Address of health and metrics
+    #[arg(long, default_value = "0.0.0.0")]
+    pub(super) host: Host,
+    /// Port of health and metrics
+    #[arg(long, value_parser = port, default_value_t = 8002)]
+    pub(super) port: u16,
+    /// Seconds that running requests may take to finish after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value = "120")]
+    pub(super) drain_seconds: Seconds,
+    /// Let processes of this machine that are no Pods claim too, for development
+    #[arg(long)]
+    pub(super) allow_local_clients: bool,
+    #[command(flatten)]
+    pub(super) log: Log,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Replica {
+    /// hf://org/name[/file.gguf][@revision] or file://path below the node's model folder
+    pub(super) model: Option<String>,
+    /// YAML file with the same keys as the flags (and `model`)
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Folder of the grant, which the kubelet mounts
+    #[arg(long, value_name = "DIR", default_value = "/run/bindery")]
+    pub(super) grant: PathBuf,
+    /// What computes: cpu or gpu
+    #[arg(long, value_parser = word::<crds::Device>, default_value = "cpu")]
+    pub(super) device: crds::Device,
+    /// SHA-256 of a single file, in hexadecimal digits
+    #[arg(long, value_name = "HEX")]
+    pub(super) sha256: Option<String>,
+    /// Name of the model in the API; default: MODEL
+    #[arg(long, value_name = "NAME")]
+    pub(super) served_model_name: Option<String>,
+    /// The engine's settings as JSON, as in the resource: {"maxModelLen": 8192}
+    #[arg(long, value_name = "JSON", value_parser = json::<crds::Engine>, default_value = "{}")]
+    pub(super) engine: crds::Engine,
+    /// Folder of a Secret: each file is a key that clients may show
+    #[arg(long, value_name = "DIR")]
+    pub(super) api_keys: Option<PathBuf>,
+    /// Folder of a Secret with the source's credential: the file token
+    #[arg(long, value_name = "DIR")]
+    pub(super) credential: Option<PathBuf>,
+    /// Address to listen on
+    #[arg(long, default_value = "0.0.0.0")]
+    pub(super) host: Host,
+    /// Port that is forwarded to the engine
+    #[arg(long, value_parser = port, default_value_t = 8000)]
+    pub(super) port: u16,
+    /// Port of health, state and metrics
+    #[arg(long, value_parser = port, default_value_t = 8001)]
+    pub(super) health_port: u16,
+    /// Seconds that running requests may take to finish after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value = "120")]
+    pub(super) drain_seconds: Seconds,
+    /// File that the reason of a failure is written to
+    #[arg(long, value_name = "FILE", default_value = "/dev/termination-log")]
+    pub(super) termination_log: PathBuf,
+    #[command(flatten)]
+    pub(super) log: Log,
+}
+
+/// A word of the resource's vocabulary.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
+fn json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 #[derive(Debug, Args)]

@@ -58,8 +58,7 @@ pub(super) fn complete(
     environment: &Environment,
 ) -> Result<Layered, ConfigError> {
     let matches = Cli::command().try_get_matches_from(&arguments).map_err(refused)?;
-    let Some((subcommand, given)) =
-        matches.subcommand().filter(|(name, _)| ["serve", "plan"].contains(name))
+    let Some((subcommand, given)) = matches.subcommand().filter(|(name, _)| *name != "bench")
     else {
         return Ok(Layered {
             cli: Cli::from_arg_matches(&matches).map_err(refused)?,

@@ -110,6 +110,18 @@ pub(super) async fn gone(agent: &mut Option<Agent>, state: &ApiState) {
     }
 }
 
+/// Lets every user connect who sees the socket: the grant's folder is what keeps others away.
+pub(super) fn open_socket(listen: &Listen) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    match listen {
+        Listen::Tcp { .. } => Ok(()),
+        Listen::Unix(path) => {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))
+                .with_context(|| format!("open {} to every user", path.display()))
+        }
+    }
+}
+
 /// No socket but the one that is bound.
 pub(super) fn deny_sockets() {
     say(confine::deny_sockets());

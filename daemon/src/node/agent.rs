@@ -1,0 +1,385 @@
+//! What the parts of a node agent share: the ledger, the grants on disk, and which of them are claimed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+
+use super::engine::Spawner;
+use super::grants::Grants;
+use super::ledger::{CannotStart, GrantId, Health, Ledger, Place, Unit};
+use super::weights::Weights;
+
+/// A grant without a claim ends once it has been absent from the kubelet's list for this long.
+const ABSENCE: Duration = Duration::from_secs(10);
+/// A grant that the kubelet never listed is given this long to appear.
+const APPEARANCE: Duration = Duration::from_secs(60);
+
+/// How far the agent's own end is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Serving,
+    /// Engines finish what runs; replicas are told.
+    Draining,
+}
+
+/// Whether a process of this machine that is no Pod may claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalClients {
+    Refused,
+    Allowed,
+}
+
+/// Shared by the device plugin, the claims and the loops.
+#[derive(Debug)]
+pub struct Agent {
+    pub grants: Grants,
+    pub weights: Arc<Weights>,
+    pub spawner: Spawner,
+    /// The program that engines run.
+    pub program: PathBuf,
+    pub local_clients: LocalClients,
+    /// How long running requests may take when the agent ends.
+    pub drain: Duration,
+    pub phase: watch::Sender<Phase>,
+    state: Mutex<State>,
+    /// Told of every change of the ledger.
+    changed: watch::Sender<u64>,
+    listening: mpsc::UnboundedSender<(GrantId, UnixListener)>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    ledger: Ledger,
+    known: BTreeMap<GrantId, Known>,
+}
+
+/// What is known of a grant beside its units.
+#[derive(Debug)]
+struct Known {
+    since: Instant,
+    claimed: Claimed,
+    listed: Listed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Claimed {
+    No,
+    Yes,
+}
+
+/// What the kubelet's lists have said.
+#[derive(Debug, Clone, Copy)]
+enum Listed {
+    Never,
+    Present,
+    AbsentSince(Instant),
+}
+
+/// Parts that an agent is made of.
+#[derive(Debug)]
+pub struct Parts {
+    pub ledger: Ledger,
+    pub grants: Grants,
+    pub weights: Weights,
+    pub spawner: Spawner,
+    pub program: PathBuf,
+    pub local_clients: LocalClients,
+    pub drain: Duration,
+}
+
+/// The sockets to serve, each once.
+pub type Listeners = mpsc::UnboundedReceiver<(GrantId, UnixListener)>;
+
+impl Agent {
+    /// Puts the parts together. The grants' sockets arrive on the channel: as many as the kubelet allocates, no more.
+    pub fn new(parts: Parts) -> (Arc<Self>, Listeners) {
+        let (listening, listeners) = mpsc::unbounded_channel();
+        let agent = Self {
+            grants: parts.grants,
+            weights: Arc::new(parts.weights),
+            spawner: parts.spawner,
+            program: parts.program,
+            local_clients: parts.local_clients,
+            drain: parts.drain,
+            phase: watch::Sender::new(Phase::Serving),
+            state: Mutex::new(State { ledger: parts.ledger, known: BTreeMap::new() }),
+            changed: watch::Sender::new(0),
+            listening,
+        };
+        (Arc::new(agent), listeners)
+    }
+
+    /// Nothing that holds this lock can leave it half changed, so a poisoned one is good.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
+        let changed = with(&mut self.lock());
+        self.changed.send_modify(|count| *count += 1);
+        changed
+    }
+
+    /// Sees every change of the ledger.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Reads the ledger.
+    pub fn read<T>(&self, with: impl FnOnce(&Ledger) -> T) -> T {
+        with(&self.lock().ledger)
+    }
+
+    /// Changes the ledger.
+    pub fn write<T>(&self, with: impl FnOnce(&mut Ledger) -> T) -> T {
+        self.change(|state| with(&mut state.ledger))
+    }
+
+    /// Sets the health that `health` has for a device; nobody is told when nothing changed.
+    pub fn follow(&self, health: impl Fn(&str) -> Option<Health>) {
+        let changed = self.lock().ledger.follow(health);
+        if changed {
+            self.changed.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Takes up the grants that an earlier agent wrote down.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn restore(&self) -> std::io::Result<()> {
+        for (id, units) in self.grants.load()? {
+            match self.grants.listen(&id) {
+                Ok(listener) => self.add(&id, units, listener)?,
+                Err(error) => tracing::error!(%id, %error, "cannot listen for a grant"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a grant of what the kubelet allocates and gives the folder to mount.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn allocate(&self, units: BTreeSet<Unit>) -> std::io::Result<PathBuf> {
+        let id = Grants::new_id(&units)?;
+        let listener = self.grants.create(&id, &units)?;
+        self.add(&id, units, listener)?;
+        tracing::info!(%id, "granted");
+        Ok(self.grants.folder(&id))
+    }
+
+    fn add(
+        &self,
+        id: &GrantId,
+        units: BTreeSet<Unit>,
+        listener: std::os::unix::net::UnixListener,
+    ) -> std::io::Result<()> {
+        let known = Known { since: Instant::now(), claimed: Claimed::No, listed: Listed::Never };
+        let ended = self.change(|state| {
+            let ended = state.ledger.grant(id.clone(), units);
+            state.known.insert(id.clone(), known);
+            ended
+        });
+        for id in ended {
+            self.forget(&id, "its memory was granted again");
+        }
+        // The receiver lives as long as the agent.
+        drop(self.listening.send((id.clone(), UnixListener::from_std(listener)?)));
+        Ok(())
+    }
+
+    /// Opens the one claim that a grant can have; `None` when it has one or has ended.
+    pub fn claim(self: &Arc<Self>, id: &GrantId) -> Option<Claiming> {
+        let claimed = self.change(|state| {
+            let known = state.known.get_mut(id)?;
+            (known.claimed == Claimed::No).then(|| known.claimed = Claimed::Yes)
+        });
+        claimed.map(|()| Claiming { agent: Arc::clone(self), id: id.clone() })
+    }
+
+    /// Whether a grant has not ended.
+    pub fn holds(&self, id: &GrantId) -> bool {
+        self.lock().known.contains_key(id)
+    }
+
+    /// Takes the memory for an engine; it is given back when the answer is dropped.
+    ///
+    /// # Errors
+    /// When the engine may not start, or not yet.
+    pub fn start_engine(self: &Arc<Self>, id: &GrantId) -> Result<Running, CannotStart> {
+        let place = self.write(|ledger| ledger.start_engine(id))?;
+        Ok(Running { agent: Arc::clone(self), id: id.clone(), place })
+    }
+
+    /// Ends the grants that the kubelet does not list any more.
+    pub fn compare(&self, listed: &BTreeSet<Unit>, now: Instant) {
+        let over = self.change(|state| {
+            let mut over = Vec::new();
+            for (id, units) in state.ledger.grants() {
+                let Some(known) = state.known.get_mut(id) else { continue };
+                known.see(!units.is_disjoint(listed), now);
+                if known.is_over(now) {
+                    over.push(id.clone());
+                }
+            }
+            for id in &over {
+                state.ledger.release(id);
+            }
+            over
+        });
+        for id in over {
+            self.forget(&id, "the kubelet does not list it any more");
+        }
+    }
+
+    fn forget(&self, id: &GrantId, why: &str) {
+        self.change(|state| state.known.remove(id));
+        if let Err(error) = self.grants.remove(id) {
+            tracing::error!(%id, %error, "cannot remove a grant's folder");
+        }
+        tracing::info!(%id, why, "the grant has ended");
+    }
+}
+
+impl Known {
+    fn see(&mut self, present: bool, now: Instant) {
+        self.listed = match (present, self.listed) {
+            (true, _) => Listed::Present,
+            (false, Listed::Present) => Listed::AbsentSince(now),
+            (false, Listed::Never | Listed::AbsentSince(_)) => self.listed,
+        };
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        let absent = match self.listed {
+            Listed::Never => now.duration_since(self.since) >= APPEARANCE,
+            Listed::Present => false,
+            Listed::AbsentSince(since) => now.duration_since(since) >= ABSENCE,
+        };
+        self.claimed == Claimed::No && absent
+    }
+}
+
+/// An open claim.
+#[derive(Debug)]
+pub struct Claiming {
+    agent: Arc<Agent>,
+    id: GrantId,
+}
+
+impl Drop for Claiming {
+    fn drop(&mut self) {
+        self.agent.change(|state| {
+            if let Some(known) = state.known.get_mut(&self.id) {
+                known.claimed = Claimed::No;
+            }
+        });
+    }
+}
+
+/// The memory of an engine.
+#[derive(Debug)]
+pub struct Running {
+    agent: Arc<Agent>,
+    id: GrantId,
+    pub place: Place,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.agent.write(|ledger| ledger.engine_ended(&self.id));
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::config::HubConfig;
+    use crate::node::ledger::Device;
+
+    /// An agent with one device of 4 GiB, in `root`.
+    pub(in crate::node) fn agent(root: &std::path::Path, program: &str) -> (Arc<Agent>, Listeners) {
+        std::fs::create_dir_all(root.join("models")).unwrap();
+        let device = Device { name: "cpu0".into(), gib: 4, health: Health::Healthy };
+        let hub = HubConfig {
+            endpoint: "http://127.0.0.1:1".into(),
+            token: None,
+            cache: root.join("cache"),
+            offline: true,
+        };
+        Agent::new(Parts {
+            ledger: Ledger::new(vec![device]),
+            grants: Grants::open(root).unwrap(),
+            weights: Weights {
+                model_folder: root.join("models"),
+                hub,
+                downloading: tokio::sync::Mutex::default(),
+            },
+            spawner: Spawner::start().unwrap(),
+            program: program.into(),
+            local_clients: LocalClients::Allowed,
+            drain: Duration::from_secs(5),
+        })
+    }
+
+    fn units(indices: std::ops::Range<u32>) -> BTreeSet<Unit> {
+        indices.map(|index| Unit { device: "cpu0".into(), index }).collect()
+    }
+
+    fn only(agent: &Agent) -> GrantId {
+        agent.read(|ledger| ledger.grants().next().unwrap().0.clone())
+    }
+
+    #[tokio::test]
+    async fn a_grant_ends_when_the_kubelet_has_listed_it_and_does_not_any_more() {
+        let root = tempfile::tempdir().unwrap();
+        let (agent, _listeners) = agent(root.path(), "true");
+        let folder = agent.allocate(units(0..2)).unwrap();
+        let (start, none) = (Instant::now(), BTreeSet::new());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        agent.compare(&none, at(30));
+        assert!(folder.exists(), "it may not be listed yet");
+        agent.compare(&units(0..2), at(31));
+        agent.compare(&none, at(32));
+        agent.compare(&none, at(41));
+        assert!(folder.exists(), "the list is empty for a while after a restart of the kubelet");
+        agent.compare(&none, at(42));
+        assert!(!folder.exists());
+        assert_eq!(agent.read(|ledger| ledger.usage()[0].free_gib), 4);
+    }
+
+    #[tokio::test]
+    async fn a_grant_that_never_appears_ends_after_a_minute_and_a_claimed_one_never() {
+        let root = tempfile::tempdir().unwrap();
+        let (agent, _listeners) = agent(root.path(), "true");
+        agent.allocate(units(0..2)).unwrap();
+        let (none, id) = (BTreeSet::new(), only(&agent));
+        let later = Instant::now() + Duration::from_secs(100);
+        let claim = agent.claim(&id).unwrap();
+        assert!(agent.claim(&id).is_none(), "one claim at a time");
+        agent.compare(&none, later);
+        assert!(agent.holds(&id));
+        drop(claim);
+        agent.compare(&none, later);
+        assert!(!agent.holds(&id));
+    }
+
+    #[tokio::test]
+    async fn grants_outlive_the_agent() {
+        let root = tempfile::tempdir().unwrap();
+        let id = {
+            let (agent, _listeners) = agent(root.path(), "true");
+            agent.allocate(units(1..4)).unwrap();
+            only(&agent)
+        };
+        let (agent, mut listeners) = agent(root.path(), "true");
+        agent.restore().unwrap();
+        assert_eq!(listeners.recv().await.unwrap().0, id);
+        assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 3);
+    }
+}

@@ -1,0 +1,197 @@
+//! Grants on disk: one record and one folder with the grant's sockets each, so that they outlive the agent and the node.
+//! Only the folder is mounted into the replica's container.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::ledger::{GrantId, Unit};
+
+/// The socket on which a grant is claimed.
+pub const CLAIM_SOCKET: &str = "claim.sock";
+/// The one folder that an engine may write.
+pub const ENGINE_FOLDER: &str = "engine";
+/// The socket on which an engine serves HTTP, below [`ENGINE_FOLDER`].
+pub const ENGINE_SOCKET: &str = "http.sock";
+
+/// The agent's folder.
+#[derive(Debug, Clone)]
+pub struct Grants {
+    root: PathBuf,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    units: BTreeSet<Unit>,
+}
+
+impl Grants {
+    /// Uses `root`, which outlives the agent.
+    ///
+    /// # Errors
+    /// When its folders cannot be made.
+    pub fn open(root: &Path) -> std::io::Result<Self> {
+        let grants = Self { root: root.to_owned() };
+        for folder in [grants.records(), grants.root.join("sockets")] {
+            std::fs::DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
+        }
+        Ok(grants)
+    }
+
+    /// The folder that is mounted into the replica.
+    pub fn folder(&self, id: &GrantId) -> PathBuf {
+        self.root.join("sockets").join(&id.0)
+    }
+
+    /// Where the grant's engine listens.
+    pub fn engine_socket(&self, id: &GrantId) -> PathBuf {
+        self.folder(id).join(ENGINE_FOLDER).join(ENGINE_SOCKET)
+    }
+
+    /// Names a grant that never was. The name says what was granted, for people.
+    pub fn new_id(units: &BTreeSet<Unit>) -> std::io::Result<GrantId> {
+        let mut random = [0; 8];
+        getrandom::fill(&mut random).map_err(std::io::Error::other)?;
+        let device = units.first().map_or("none", |unit| unit.device.as_str());
+        let device: String = device.chars().filter(char::is_ascii_alphanumeric).take(16).collect();
+        let random = u64::from_le_bytes(random);
+        Ok(GrantId(format!("{device}-{}gib-{random:016x}", units.len())))
+    }
+
+    /// Writes a grant down and opens its socket, on which any user may connect.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn create(&self, id: &GrantId, units: &BTreeSet<Unit>) -> std::io::Result<UnixListener> {
+        let record = serde_json::to_vec(&Record { units: units.clone() })?;
+        let path = self.record(id);
+        let written = path.with_extension("new");
+        std::fs::write(&written, record)?;
+        std::fs::rename(written, path)?;
+        self.listen(id)
+    }
+
+    /// Opens a grant's socket in its folder, which is made only when it is not there: a Pod may have it mounted.
+    ///
+    /// # Errors
+    /// When the folder or the socket cannot be made.
+    pub fn listen(&self, id: &GrantId) -> std::io::Result<UnixListener> {
+        let folder = self.folder(id);
+        for folder in [folder.clone(), folder.join(ENGINE_FOLDER)] {
+            std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&folder)?;
+            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755))?;
+        }
+        let path = folder.join(CLAIM_SOCKET);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        // Connecting needs the right to write.
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666))?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    }
+
+    /// Every grant that is written down. A record that cannot be read is logged and passed over.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn load(&self) -> std::io::Result<Vec<(GrantId, BTreeSet<Unit>)>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(self.records())? {
+            let path = entry?.path();
+            let name = path.file_stem().and_then(|name| name.to_str()).map(str::to_owned);
+            let (Some(name), Some("json")) = (name, path.extension().and_then(|e| e.to_str()))
+            else {
+                continue;
+            };
+            let read = std::fs::read(&path)
+                .and_then(|bytes| Ok(serde_json::from_slice::<Record>(&bytes)?));
+            match read {
+                Ok(record) => found.push((GrantId(name), record.units)),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "a grant's record is lost");
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Forgets a grant and removes its folder.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove(&self, id: &GrantId) -> std::io::Result<()> {
+        for removed in
+            [std::fs::remove_file(self.record(id)), std::fs::remove_dir_all(self.folder(id))]
+        {
+            match removed {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn records(&self) -> PathBuf {
+        self.root.join("grants")
+    }
+
+    fn record(&self, id: &GrantId) -> PathBuf {
+        self.records().join(format!("{}.json", id.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn units() -> BTreeSet<Unit> {
+        (0..3).map(|index| Unit { device: "cpu0".into(), index }).collect()
+    }
+
+    #[test]
+    fn a_grant_is_found_again_until_it_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let grants = Grants::open(root.path()).unwrap();
+        let id = Grants::new_id(&units()).unwrap();
+        assert!(id.0.starts_with("cpu0-3gib-"), "{id}");
+        drop(grants.create(&id, &units()).unwrap());
+        let again = Grants::open(root.path()).unwrap();
+        assert_eq!(again.load().unwrap(), [(id.clone(), units())]);
+        again.remove(&id).unwrap();
+        again.remove(&id).unwrap();
+        assert_eq!(again.load().unwrap(), []);
+        assert!(!again.folder(&id).exists());
+    }
+
+    #[test]
+    fn a_socket_is_opened_again_in_the_same_folder() {
+        use std::os::unix::fs::MetadataExt;
+        let root = tempfile::tempdir().unwrap();
+        let grants = Grants::open(root.path()).unwrap();
+        let id = Grants::new_id(&units()).unwrap();
+        drop(grants.create(&id, &units()).unwrap());
+        let inode = std::fs::metadata(grants.folder(&id)).unwrap().ino();
+        let _listener = grants.listen(&id).unwrap();
+        assert_eq!(std::fs::metadata(grants.folder(&id)).unwrap().ino(), inode);
+        let socket = grants.folder(&id).join(CLAIM_SOCKET);
+        assert_eq!(std::fs::metadata(&socket).unwrap().mode() & 0o777, 0o666);
+        assert!(std::os::unix::net::UnixStream::connect(socket).is_ok());
+    }
+
+    #[test]
+    fn a_record_that_is_cut_short_does_not_hide_the_others() {
+        let root = tempfile::tempdir().unwrap();
+        let grants = Grants::open(root.path()).unwrap();
+        let id = Grants::new_id(&units()).unwrap();
+        drop(grants.create(&id, &units()).unwrap());
+        std::fs::write(root.path().join("grants/broken.json"), "{\"units\":[").unwrap();
+        assert_eq!(grants.load().unwrap(), [(id, units())]);
+    }
+}

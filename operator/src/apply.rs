@@ -1,0 +1,247 @@
+//! One request for each change. What is already so is not sent again.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crds::{InferenceModel, InferenceModelStatus};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::{Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::observe::{Child, Observed};
+use crate::plan::Change;
+
+/// The one owner of our fields.
+pub const MANAGER: &str = "bindery-operator";
+
+/// Figures in messages change all the time; they are written this often at most.
+const WORDS: Duration = Duration::from_secs(10);
+
+/// A write that was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    #[error("{what} {name}: {source}")]
+    Refused { what: &'static str, name: String, source: Box<kube::Error> },
+    #[error("write {what} as JSON: {source}")]
+    Json { what: &'static str, source: serde_json::Error },
+}
+
+impl ApplyError {
+    /// The metric's label.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Refused { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) if status.is_conflict() => "conflict",
+                kube::Error::Api(status) if status.is_forbidden() => "forbidden",
+                kube::Error::Api(_) => "refused",
+                _ => "unreachable",
+            },
+            Self::Json { .. } => "json",
+        }
+    }
+}
+
+/// Sends changes, and remembers what was sent.
+pub struct Applier {
+    client: Client,
+    sent: Mutex<HashMap<(Child, String, String), Sent>>,
+    told: Mutex<HashMap<(String, String), Instant>>,
+}
+
+impl Debug for Applier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Applier").finish_non_exhaustive()
+    }
+}
+
+/// What was sent, and how the object then stood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sent {
+    desired: u64,
+    stood: Option<String>,
+}
+
+/// How an object stands: its generation, which a change of its status leaves, else its version.
+fn stand(head: &ObjectMeta) -> Option<String> {
+    let version = || head.resource_version.clone();
+    head.generation.map(|generation| generation.to_string()).or_else(version)
+}
+
+impl Applier {
+    pub fn new(client: Client) -> Self {
+        Self { client, sent: Mutex::default(), told: Mutex::default() }
+    }
+
+    /// Makes one change.
+    ///
+    /// # Errors
+    /// When the API server refuses it or is away.
+    pub async fn apply(
+        &self,
+        model: &InferenceModel,
+        observed: &Observed,
+        change: &Change,
+    ) -> Result<(), ApplyError> {
+        let namespace = model.namespace().unwrap_or_default();
+        let head = |child| observed.heads.get(&child);
+        match change {
+            Change::ApplyDeployment(desired) => {
+                self.send(Child::Deployment, &**desired, head(Child::Deployment)).await
+            }
+            Change::ApplyService(desired) => {
+                self.send(Child::Service, &**desired, head(Child::Service)).await
+            }
+            Change::ApplyDisruptionBudget(desired) => {
+                self.send(Child::DisruptionBudget, &**desired, head(Child::DisruptionBudget)).await
+            }
+            Change::ApplyNetworkPolicy(desired) => {
+                self.send(Child::NetworkPolicy, &**desired, head(Child::NetworkPolicy)).await
+            }
+            Change::DeleteNetworkPolicy { name } => {
+                self.delete::<NetworkPolicy>("delete NetworkPolicy", &namespace, name).await
+            }
+            Change::DeletePod { name } => self.delete::<Pod>("delete Pod", &namespace, name).await,
+        }
+    }
+
+    /// Applies a child, unless the same was sent before and it stands as it did then.
+    async fn send<K>(
+        &self,
+        child: Child,
+        desired: &K,
+        head: Option<&ObjectMeta>,
+    ) -> Result<(), ApplyError>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Serialize
+            + DeserializeOwned
+            + Clone
+            + Debug,
+    {
+        let (name, namespace) = (desired.name_any(), desired.namespace().unwrap_or_default());
+        let what = kind(child);
+        let json =
+            serde_json::to_vec(desired).map_err(|source| ApplyError::Json { what, source })?;
+        let mut hasher = DefaultHasher::new();
+        json.hash(&mut hasher);
+        let key = (child, namespace.clone(), name.clone());
+        let now = Sent { desired: hasher.finish(), stood: head.and_then(stand) };
+        if head.is_some() && self.sent().get(&key) == Some(&now) {
+            return Ok(());
+        }
+        let api = Api::<K>::namespaced(self.client.clone(), &namespace);
+        let applied = api.patch(&name, &params(), &Patch::Apply(desired)).await;
+        let applied = applied.map_err(|source| refused(what, &name, source))?;
+        self.sent().insert(key, Sent { stood: stand(applied.meta()), ..now });
+        Ok(())
+    }
+
+    /// Deletes what may be gone already.
+    async fn delete<K>(
+        &self,
+        what: &'static str,
+        namespace: &str,
+        name: &str,
+    ) -> Result<(), ApplyError>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + DeserializeOwned
+            + Clone
+            + Debug,
+    {
+        let api = Api::<K>::namespaced(self.client.clone(), namespace);
+        match api.delete(name, &DeleteParams::default()).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            Err(source) => Err(refused(what, name, source)),
+        }
+    }
+
+    /// Writes the status when it is another than the model has.
+    ///
+    /// # Errors
+    /// When the API server refuses it or is away.
+    pub async fn write_status(
+        &self,
+        model: &InferenceModel,
+        status: &InferenceModelStatus,
+    ) -> Result<(), ApplyError> {
+        if model.status.as_ref() == Some(status) {
+            return Ok(());
+        }
+        let (name, namespace) = (model.name_any(), model.namespace().unwrap_or_default());
+        let is_milestone =
+            model.status.as_ref().is_none_or(|old| without_words(old) != without_words(status));
+        if !is_milestone && !self.may_tell(&namespace, &name) {
+            return Ok(());
+        }
+        let api = Api::<InferenceModel>::namespaced(self.client.clone(), &namespace);
+        let patch = serde_json::json!({
+            "apiVersion": InferenceModel::api_version(&()),
+            "kind": InferenceModel::kind(&()),
+            "status": status,
+        });
+        let written = api.patch_status(&name, &params(), &Patch::Apply(patch)).await;
+        written.map(drop).map_err(|source| refused("status", &name, source))
+    }
+
+    /// Whether a change of words alone may be written: every [`WORDS`] at most.
+    fn may_tell(&self, namespace: &str, name: &str) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (namespace.to_owned(), name.to_owned());
+        let may = told.get(&key).is_none_or(|last| last.elapsed() >= WORDS);
+        if may {
+            told.insert(key, Instant::now());
+        }
+        may
+    }
+
+    /// Forgets a model that is gone.
+    pub fn forget(&self, namespace: &str, name: &str) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.remove(&(namespace.to_owned(), name.to_owned()));
+        drop(told);
+        self.sent().retain(|(_, its_namespace, its_name), _| {
+            its_namespace != namespace || its_name != name
+        });
+    }
+
+    fn sent(&self) -> std::sync::MutexGuard<'_, HashMap<(Child, String, String), Sent>> {
+        // A map of what was sent is right at any moment.
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A status without the texts of its conditions.
+fn without_words(status: &InferenceModelStatus) -> InferenceModelStatus {
+    let mut status = status.clone();
+    for condition in &mut status.conditions {
+        condition.message.clear();
+    }
+    status
+}
+
+fn params() -> PatchParams {
+    PatchParams::apply(MANAGER).force()
+}
+
+fn refused(what: &'static str, name: &str, source: kube::Error) -> ApplyError {
+    ApplyError::Refused { what, name: name.to_owned(), source: Box::new(source) }
+}
+
+fn kind(child: Child) -> &'static str {
+    match child {
+        Child::Deployment => "Deployment",
+        Child::Service => "Service",
+        Child::DisruptionBudget => "PodDisruptionBudget",
+        Child::NetworkPolicy => "NetworkPolicy",
+    }
+}

@@ -1,0 +1,14 @@
+//! The operator: observe, plan, apply.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod apply;
+pub mod config;
+pub mod controller;
+pub mod desired;
+pub mod lease;
+pub mod metrics;
+pub mod observe;
+pub mod plan;
+pub mod reconcile;
+pub mod status;

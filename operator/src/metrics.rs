@@ -1,0 +1,106 @@
+//! What Prometheus sees of the operator.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crds::{ConditionType, InferenceModel};
+use kube::runtime::reflector::Store;
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+/// Every metric, cheap to clone.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    durations: HistogramVec,
+    errors: IntCounterVec,
+    models: IntGaugeVec,
+    leader: IntGauge,
+    store: Arc<Mutex<Option<Store<InferenceModel>>>>,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Metrics {
+    /// # Errors
+    /// When two metrics have one name.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let buckets = vec![0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
+        let durations = HistogramVec::new(
+            HistogramOpts::new(
+                "bindery_operator_reconcile_duration_seconds",
+                "Time from the begin of a reconciliation to its last write, by result.",
+            )
+            .buckets(buckets),
+            &["result"],
+        )?;
+        let errors = IntCounterVec::new(
+            Opts::new(
+                "bindery_operator_reconcile_errors_total",
+                "Reconciliations that ended with an error, by its kind.",
+            ),
+            &["error"],
+        )?;
+        let models = IntGaugeVec::new(
+            Opts::new(
+                "bindery_operator_models",
+                "Models whose condition is true, and all of them.",
+            ),
+            &["condition"],
+        )?;
+        let leader = IntGauge::new("bindery_operator_leader", "1 while this operator leads.")?;
+        registry.register(Box::new(durations.clone()))?;
+        registry.register(Box::new(errors.clone()))?;
+        registry.register(Box::new(models.clone()))?;
+        registry.register(Box::new(leader.clone()))?;
+        Ok(Self { registry, durations, errors, models, leader, store: Arc::default() })
+    }
+
+    pub(crate) fn reconciled(&self, result: &str, duration: Duration) {
+        self.durations.with_label_values(&[result]).observe(duration.as_secs_f64());
+    }
+
+    pub(crate) fn failed(&self, error: &str) {
+        self.errors.with_label_values(&[error]).inc();
+    }
+
+    pub(crate) fn leads(&self, leads: bool) {
+        self.leader.set(i64::from(leads));
+    }
+
+    /// Counts the models of this store when somebody asks.
+    pub(crate) fn watch(&self, store: Store<InferenceModel>) {
+        *self.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
+    }
+
+    /// The text that Prometheus reads.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn exposition(&self) -> prometheus::Result<String> {
+        let models = self.store.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let models = models.map(|store| store.state()).unwrap_or_default();
+        let count = |label: &str, n: usize| {
+            self.models.with_label_values(&[label]).set(i64::try_from(n).unwrap_or(i64::MAX));
+        };
+        count("any", models.len());
+        for type_ in [ConditionType::Ready, ConditionType::Reconciling, ConditionType::Stalled] {
+            let word = type_.to_string();
+            let is_true = |model: &&Arc<InferenceModel>| {
+                let conditions = model.status.iter().flat_map(|status| &status.conditions);
+                conditions.into_iter().any(|it| it.type_ == word && it.status == "True")
+            };
+            count(&word, models.iter().filter(is_true).count());
+        }
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        String::from_utf8(text).map_err(|error| prometheus::Error::Msg(error.to_string()))
+    }
+}

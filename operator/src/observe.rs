@@ -1,0 +1,239 @@
+//! What is: children, Pods and nodes from the watches, and what replicas that are not ready say of themselves.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crds::{InferenceModel, ReplicaState};
+use futures_util::StreamExt;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Resource, ResourceExt};
+
+use crate::desired::{HEALTH_PORT, MODEL_LABEL, resource_of};
+
+/// The longest that a replica may take to say how it is.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Replicas that are asked at once.
+const AT_ONCE: usize = 8;
+/// The largest answer of a replica.
+const LARGEST_STATE: u64 = 16 << 10;
+
+/// Everything that the watches keep.
+#[derive(Clone, Debug)]
+pub struct Stores {
+    pub deployments: Store<Deployment>,
+    pub services: Store<Service>,
+    pub disruption_budgets: Store<PodDisruptionBudget>,
+    pub network_policies: Store<NetworkPolicy>,
+    pub pods: Store<Pod>,
+    pub nodes: Store<Node>,
+}
+
+impl Stores {
+    /// Waits until every watch has begun: before that, what is not there may only not be known yet.
+    pub async fn wait(&self) {
+        // A writer that is gone means that the process ends.
+        let _ = tokio::join!(
+            self.deployments.wait_until_ready(),
+            self.services.wait_until_ready(),
+            self.disruption_budgets.wait_until_ready(),
+            self.network_policies.wait_until_ready(),
+            self.pods.wait_until_ready(),
+            self.nodes.wait_until_ready(),
+        );
+    }
+}
+
+/// What is known of a model's surroundings.
+#[derive(Debug, Clone, Default)]
+pub struct Observed {
+    pub deployment: Option<Arc<Deployment>>,
+    /// Kinds and heads of the children that exist.
+    pub heads: BTreeMap<Child, ObjectMeta>,
+    /// Newest first.
+    pub pods: Vec<PodSeen>,
+    pub nodes: Vec<NodeSeen>,
+    pub now: Timestamp,
+}
+
+/// The kinds of children.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Child {
+    Deployment,
+    Service,
+    DisruptionBudget,
+    NetworkPolicy,
+}
+
+/// A replica Pod.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PodSeen {
+    pub name: String,
+    /// Which template it was made of.
+    pub template: String,
+    pub created: Option<Timestamp>,
+    pub ready: bool,
+    pub deleting: bool,
+    /// Ended for good, by the node and not by itself.
+    pub failed: bool,
+    /// What the scheduler says while it finds no node.
+    pub unscheduled: Option<String>,
+    /// Why its container does not run, as the kubelet says it.
+    pub waiting: Option<String>,
+    /// Its own words: of now, else the last before it ended.
+    pub state: Option<ReplicaState>,
+    pub ip: Option<String>,
+}
+
+/// A node that could lend memory of the wanted kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeSeen {
+    pub name: String,
+    pub lends_gib: i64,
+    /// Of Pods that have not ended.
+    pub granted_gib: i64,
+}
+
+impl NodeSeen {
+    /// What is left.
+    pub fn free_gib(&self) -> i64 {
+        self.lends_gib.saturating_sub(self.granted_gib).max(0)
+    }
+}
+
+/// Looks at a model's surroundings. Replicas that are not ready are asked how they are.
+pub async fn observe(model: &InferenceModel, stores: &Stores, http: &reqwest::Client) -> Observed {
+    let name = model.name_any();
+    let namespace = model.namespace().unwrap_or_default();
+    let deployment = stores.deployments.get(&ObjectRef::new(&name).within(&namespace));
+    let mut heads = BTreeMap::new();
+    let mut head = |child, metadata: Option<ObjectMeta>| {
+        heads.extend(metadata.map(|metadata| (child, metadata)));
+    };
+    head(Child::Deployment, deployment.as_ref().map(|found| found.metadata.clone()));
+    head(Child::Service, meta(&stores.services, &name, &namespace));
+    head(Child::DisruptionBudget, meta(&stores.disruption_budgets, &name, &namespace));
+    head(Child::NetworkPolicy, meta(&stores.network_policies, &name, &namespace));
+    let is_mine = |pod: &Pod| {
+        pod.namespace().as_deref() == Some(&namespace)
+            && pod.labels().get(MODEL_LABEL) == Some(&name)
+    };
+    let mut pods: Vec<_> = stores.pods.state_filter(is_mine).iter().map(|pod| seen(pod)).collect();
+    pods.sort_by(|one, other| (&other.created, &one.name).cmp(&(&one.created, &other.name)));
+    ask(&mut pods, http).await;
+    let nodes = nodes(model, stores);
+    Observed { deployment, heads, pods, nodes, now: Timestamp::now() }
+}
+
+fn meta<K>(store: &Store<K>, name: &str, namespace: &str) -> Option<ObjectMeta>
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
+    store.get(&ObjectRef::new(name).within(namespace)).map(|found| found.meta().clone())
+}
+
+fn seen(pod: &Pod) -> PodSeen {
+    let status = pod.status.clone().unwrap_or_default();
+    let condition =
+        |type_: &str| status.conditions.iter().flatten().find(|condition| condition.type_ == type_);
+    let container = status.container_statuses.iter().flatten().next();
+    let last = container.and_then(|container| {
+        let states = [container.state.as_ref(), container.last_state.as_ref()];
+        let message = states.into_iter().flatten().find_map(|state| state.terminated.as_ref())?;
+        serde_json::from_str(message.message.as_deref()?).ok()
+    });
+    let waiting =
+        container.and_then(|container| container.state.as_ref()?.waiting.as_ref()).map(|waiting| {
+            let words = [waiting.reason.clone(), waiting.message.clone()];
+            words.into_iter().flatten().collect::<Vec<_>>().join(": ")
+        });
+    PodSeen {
+        name: pod.name_any(),
+        template: pod.labels().get("pod-template-hash").cloned().unwrap_or_default(),
+        created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        ready: condition("Ready").is_some_and(|ready| ready.status == "True"),
+        deleting: pod.metadata.deletion_timestamp.is_some(),
+        failed: status.phase.as_deref() == Some("Failed"),
+        unscheduled: condition("PodScheduled")
+            .filter(|scheduled| scheduled.status == "False")
+            .map(|scheduled| scheduled.message.clone().unwrap_or_default()),
+        waiting,
+        state: last,
+        ip: status.pod_ip,
+    }
+}
+
+/// Asks the replicas that run and are not ready.
+async fn ask(pods: &mut [PodSeen], http: &reqwest::Client) {
+    let unready = pods.iter_mut().filter(|pod| !pod.ready && !pod.deleting && !pod.failed);
+    futures_util::stream::iter(unready)
+        .for_each_concurrent(AT_ONCE, |pod| async move {
+            let Some(ip) = &pod.ip else { return };
+            let asked = tokio::time::timeout(PATIENCE, state_of(ip, http)).await;
+            if let Ok(Some(state)) = asked {
+                pod.state = Some(state);
+            }
+        })
+        .await;
+}
+
+async fn state_of(ip: &str, http: &reqwest::Client) -> Option<ReplicaState> {
+    let host = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
+    let answer = http.get(format!("http://{host}:{HEALTH_PORT}/state")).send().await.ok()?;
+    if answer.content_length().is_none_or(|length| length > LARGEST_STATE) {
+        return None;
+    }
+    answer.json().await.ok()
+}
+
+/// Nodes that the model's selector takes and that lend its kind of memory.
+fn nodes(model: &InferenceModel, stores: &Stores) -> Vec<NodeSeen> {
+    let resource = resource_of(model.spec.device);
+    let selector = &model.spec.scheduling.node_selector;
+    let fits =
+        |node: &Node| selector.iter().all(|(key, value)| node.labels().get(key) == Some(value));
+    let granted = granted(&resource, stores);
+    let mut nodes: Vec<_> = stores
+        .nodes
+        .state_filter(fits)
+        .iter()
+        .filter_map(|node| {
+            let allocatable = node.status.as_ref()?.allocatable.as_ref()?.get(&resource)?;
+            let name = node.name_any();
+            Some(NodeSeen {
+                granted_gib: granted.get(&name).copied().unwrap_or(0),
+                lends_gib: allocatable.0.parse().ok()?,
+                name,
+            })
+        })
+        .collect();
+    nodes.sort_by(|one, other| one.name.cmp(&other.name));
+    nodes
+}
+
+/// GiB of a resource by node, as the scheduler counts them.
+fn granted(resource: &str, stores: &Stores) -> BTreeMap<String, i64> {
+    let mut granted = BTreeMap::new();
+    for pod in stores.pods.state() {
+        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        let spec = pod.spec.as_ref();
+        let Some(node) = spec.and_then(|spec| spec.node_name.clone()) else { continue };
+        if matches!(phase, Some("Failed" | "Succeeded")) {
+            continue;
+        }
+        let of_container = |container: &k8s_openapi::api::core::v1::Container| {
+            let limits = container.resources.as_ref()?.limits.as_ref()?;
+            limits.get(resource)?.0.parse::<i64>().ok()
+        };
+        let gib: i64 =
+            spec.into_iter().flat_map(|spec| &spec.containers).filter_map(of_container).sum();
+        *granted.entry(node).or_default() += gib;
+    }
+    granted
+}

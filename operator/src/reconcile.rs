@@ -1,0 +1,165 @@
+//! One model: observe, plan, apply. Also when to come back, and what is told to people.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use kube::runtime::controller::Action;
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::reflector::ObjectRef;
+use kube::{Resource, ResourceExt};
+
+use crate::apply::{Applier, ApplyError};
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::observe::{Stores, observe};
+use crate::plan::plan;
+
+/// The first and the longest time from an error to the next try of the same model.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+
+/// What every reconciliation uses.
+#[derive(Debug)]
+pub struct Context {
+    pub config: Config,
+    pub stores: Stores,
+    pub http: reqwest::Client,
+    pub applier: Applier,
+    pub teller: Teller,
+    pub metrics: Metrics,
+    pub failures: Failures,
+}
+
+/// How often each model has failed in a row.
+#[derive(Debug, Default)]
+pub struct Failures(Mutex<HashMap<ObjectRef<InferenceModel>, u32>>);
+
+impl Failures {
+    fn count(&self, model: &InferenceModel) -> u32 {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(ObjectRef::from_obj(model)).or_default();
+        *count = count.saturating_add(1);
+        *count
+    }
+
+    fn clear(&self, model: &InferenceModel) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.remove(&ObjectRef::from_obj(model));
+    }
+}
+
+/// Brings one model nearer to what is asked.
+///
+/// # Errors
+/// When a write is refused; the same is tried again later.
+pub async fn reconcile(
+    model: Arc<InferenceModel>,
+    context: Arc<Context>,
+) -> Result<Action, ApplyError> {
+    let start = Instant::now();
+    let done = write(&model, &context).await;
+    let result = if done.is_ok() { "ok" } else { "error" };
+    context.metrics.reconciled(result, start.elapsed());
+    let look_again = done?;
+    context.failures.clear(&model);
+    Ok(Action::requeue(look_again))
+}
+
+async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, ApplyError> {
+    if model.metadata.deletion_timestamp.is_some() {
+        // The garbage collector takes the children.
+        context.applier.forget(&model.namespace().unwrap_or_default(), &model.name_any());
+        return Ok(LONGEST_RETRY);
+    }
+    context.stores.wait().await;
+    let observed = observe(model, &context.stores, &context.http).await;
+    let plan = plan(model, &observed, &context.config);
+    for change in &plan.changes {
+        context.applier.apply(model, &observed, change).await?;
+    }
+    context.applier.write_status(model, &plan.status).await?;
+    context.teller.tell(model, &plan.status).await;
+    Ok(plan.look_again)
+}
+
+/// Later and later, and not all at once.
+pub fn after_error(
+    model: Arc<InferenceModel>,
+    error: &ApplyError,
+    context: Arc<Context>,
+) -> Action {
+    context.metrics.failed(error.kind());
+    let name = ObjectRef::from_obj(&*model);
+    let retry = backoff(context.failures.count(&model), &name.to_string());
+    tracing::warn!(%name, %error, ?retry, "cannot reconcile");
+    Action::requeue(retry)
+}
+
+/// Doubles with each failure; a part that depends on the model spreads them.
+fn backoff(n_failures: u32, name: &str) -> Duration {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    (name, n_failures).hash(&mut hasher);
+    let percent = u32::try_from(hasher.finish() % 50).unwrap_or(0);
+    let doubled = FIRST_RETRY.saturating_mul(1 << n_failures.saturating_sub(1).min(16));
+    let longest = doubled.min(LONGEST_RETRY);
+    longest + longest * percent / 100
+}
+
+/// Tells people of what changes: one Event for each new reason of `Ready`.
+pub struct Teller(Recorder);
+
+impl std::fmt::Debug for Teller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Teller").finish_non_exhaustive()
+    }
+}
+
+impl Teller {
+    pub fn new(recorder: Recorder) -> Self {
+        Self(recorder)
+    }
+
+    async fn tell(&self, model: &InferenceModel, status: &InferenceModelStatus) {
+        let ready = |status: &InferenceModelStatus| {
+            let type_ = ConditionType::Ready.to_string();
+            status.conditions.iter().find(|condition| condition.type_ == type_).cloned()
+        };
+        let Some(now) = ready(status) else { return };
+        let before = model.status.as_ref().and_then(ready);
+        if before.is_some_and(|before| before.reason == now.reason) {
+            return;
+        }
+        let is_bad = status
+            .conditions
+            .iter()
+            .any(|condition| condition.type_ == ConditionType::Stalled.to_string())
+            || now.reason == Reason::InsufficientMemory.to_string();
+        let event = Event {
+            type_: if is_bad { EventType::Warning } else { EventType::Normal },
+            reason: now.reason,
+            note: Some(now.message.chars().take(1000).collect()),
+            action: "Reconcile".into(),
+            secondary: None,
+        };
+        if let Err(error) = self.0.publish(&event, &model.object_ref(&())).await {
+            tracing::warn!(%error, "cannot publish an event");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_fails_is_tried_later_and_later_up_to_a_limit() {
+        let times: Vec<_> = (1..20).map(|n| backoff(n, "a")).collect();
+        assert!(times[0] >= FIRST_RETRY && times[0] <= FIRST_RETRY * 3 / 2);
+        assert!(times[3] > times[0]);
+        assert!(times.iter().all(|time| *time <= LONGEST_RETRY * 3 / 2));
+        assert_ne!(backoff(5, "a"), backoff(5, "b"), "models are spread");
+    }
+}

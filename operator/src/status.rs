@@ -1,0 +1,188 @@
+//! What a model's status says, from facts alone. Pure.
+
+use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::ResourceExt;
+
+use crate::desired::{resource_of, selector};
+use crate::observe::{Observed, PodSeen};
+
+/// Nodes that a message names at most.
+const NAMED_NODES: usize = 8;
+
+/// Replicas as the Deployment counts them.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    wanted: i32,
+    present: i32,
+    ready: i32,
+    updated: i32,
+    /// The Deployment has seen what is asked, and everything that is there is of it and answers.
+    is_done: bool,
+}
+
+/// Why a model is as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Cause {
+    reason: Reason,
+    message: String,
+}
+
+/// The status to write. Times of conditions that have not changed stay.
+pub fn status(model: &InferenceModel, observed: &Observed) -> InferenceModelStatus {
+    let counts = counts(model, observed);
+    let cause = if counts.is_done { None } else { Some(cause(model, observed, counts)) };
+    InferenceModelStatus {
+        observed_generation: model.metadata.generation,
+        replicas: counts.present,
+        ready_replicas: counts.ready,
+        updated_replicas: counts.updated,
+        summary: Some(format!("{}/{}", counts.ready, counts.wanted)),
+        selector: Some(selector(model)),
+        url: Some(url(model)),
+        conditions: conditions(model, observed, counts, cause),
+    }
+}
+
+/// Whether nothing is on its way.
+pub fn is_settled(status: &InferenceModelStatus) -> bool {
+    status.conditions.iter().any(|condition| {
+        condition.type_ == ConditionType::Ready.to_string() && condition.status == "True"
+    })
+}
+
+fn url(model: &InferenceModel) -> String {
+    format!("http://{}.{}.svc/v1", model.name_any(), model.namespace().unwrap_or_default())
+}
+
+fn counts(model: &InferenceModel, observed: &Observed) -> Counts {
+    let wanted = model.spec.replicas.unwrap_or(1);
+    let Some(deployment) = &observed.deployment else {
+        return Counts { wanted, ..Counts::default() };
+    };
+    let status = deployment.status.clone().unwrap_or_default();
+    let updated = status.updated_replicas.unwrap_or(0);
+    let ready = status.ready_replicas.unwrap_or(0);
+    let present = status.replicas.unwrap_or(0);
+    let has_seen = status.observed_generation >= deployment.metadata.generation
+        && deployment.spec.as_ref().and_then(|spec| spec.replicas) == Some(wanted);
+    let all_answer = observed.pods.iter().all(|pod| pod.ready || pod.deleting);
+    let is_done =
+        has_seen && all_answer && updated >= wanted && ready >= wanted && present == wanted;
+    Counts { wanted, present, ready, updated, is_done }
+}
+
+/// The one thing that a person should know first.
+fn cause(model: &InferenceModel, observed: &Observed, counts: Counts) -> Cause {
+    // A failure is told even when another replica merely waits.
+    let causes: Vec<Cause> = observed
+        .pods
+        .iter()
+        .filter(|pod| !pod.ready && !pod.deleting && !pod.failed)
+        .filter_map(|pod| cause_of(model, observed, pod))
+        .collect();
+    let first = causes
+        .iter()
+        .find(|cause| cause.reason.is_terminal())
+        .or_else(|| causes.iter().find(|cause| cause.reason == Reason::InsufficientMemory))
+        .or_else(|| causes.first())
+        .cloned();
+    let cause = first.unwrap_or_else(|| Cause {
+        reason: Reason::Progressing,
+        message: format!(
+            "{} of {} replicas are up to date, {} answer",
+            counts.updated, counts.wanted, counts.ready
+        ),
+    });
+    let newest = observed.pods.first().map(|pod| pod.template.as_str());
+    let older = observed
+        .pods
+        .iter()
+        .filter(|pod| pod.ready && Some(pod.template.as_str()) != newest)
+        .count();
+    if older == 0 || cause.reason == Reason::Progressing {
+        return cause;
+    }
+    Cause { message: format!("{}; {older} replicas of before serve on", cause.message), ..cause }
+}
+
+fn cause_of(model: &InferenceModel, observed: &Observed, pod: &PodSeen) -> Option<Cause> {
+    if let Some(message) = &pod.unscheduled {
+        return Some(unscheduled(model, observed, message));
+    }
+    if let Some(state) = &pod.state
+        && state.reason != Reason::AllReplicasReady
+    {
+        return Some(Cause { reason: state.reason, message: state.message.clone() });
+    }
+    let waiting = pod.waiting.as_ref()?;
+    Some(Cause { reason: Reason::Progressing, message: format!("Pod {}: {waiting}", pod.name) })
+}
+
+/// The scheduler's words, with the figures where memory is what lacks.
+fn unscheduled(model: &InferenceModel, observed: &Observed, message: &str) -> Cause {
+    let resource = resource_of(model.spec.device);
+    if !message.contains(&format!("Insufficient {resource}")) {
+        let lacking = if observed.nodes.is_empty() {
+            format!("no matching node lends {resource}: ")
+        } else {
+            String::new()
+        };
+        return Cause { reason: Reason::Progressing, message: format!("{lacking}{message}") };
+    }
+    let mut free: Vec<_> = observed
+        .nodes
+        .iter()
+        .take(NAMED_NODES)
+        .map(|node| format!("{} {} of {} GiB", node.name, node.free_gib(), node.lends_gib))
+        .collect();
+    if observed.nodes.len() > NAMED_NODES {
+        free.push(format!("{} more", observed.nodes.len() - NAMED_NODES));
+    }
+    let surge = if observed.pods.iter().any(|pod| pod.ready) {
+        "; to replace replicas without free memory set rollout.maxSurge to 0 and rollout.maxUnavailable to 1"
+    } else {
+        ""
+    };
+    let message =
+        format!("asked {} of one node, free: {}{surge}", model.spec.memory, free.join(", "));
+    Cause { reason: Reason::InsufficientMemory, message }
+}
+
+fn conditions(
+    model: &InferenceModel,
+    observed: &Observed,
+    counts: Counts,
+    cause: Option<Cause>,
+) -> Vec<Condition> {
+    let condition = |type_: ConditionType, status: &str, cause: &Cause| {
+        let type_ = type_.to_string();
+        let old = model.status.iter().flat_map(|status| &status.conditions);
+        let same = old.into_iter().find(|old| old.type_ == type_ && old.status == status);
+        Condition {
+            type_,
+            status: status.to_owned(),
+            reason: cause.reason.to_string(),
+            message: cause.message.clone(),
+            observed_generation: model.metadata.generation,
+            last_transition_time: same
+                .map_or(Time(observed.now), |old| old.last_transition_time.clone()),
+        }
+    };
+    match cause {
+        None => {
+            let reason =
+                if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
+            let message = format!("{} of {} replicas answer", counts.ready, counts.wanted);
+            vec![condition(ConditionType::Ready, "True", &Cause { reason, message })]
+        }
+        Some(cause) => {
+            let other = if cause.reason.is_terminal() {
+                ConditionType::Stalled
+            } else {
+                ConditionType::Reconciling
+            };
+            vec![condition(ConditionType::Ready, "False", &cause), condition(other, "True", &cause)]
+        }
+    }
+}

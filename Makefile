@@ -11,10 +11,13 @@ FUZZ_SECONDS ?= 60
 
 export PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help run test bench fuzz tools components
+# State of the local cluster, and flags added to `helm upgrade --install`.
+CLUSTER ?= target/cluster
+HELM_ARGS ?=
+.PHONY: help run test bench fuzz image cluster-up cluster-down tools components
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
 
 run: tools ## Build, fetch SmolLM2-135M-Instruct and serve it on 127.0.0.1:8000 (ARGS="..." passes flags on)
 	$(CARGO) build --release --locked --bin bindery
@@ -46,6 +49,16 @@ fuzz: tools ## Fuzz the parsers and readers, each for FUZZ_SECONDS (installs car
 		mkdir -p fuzz/found/$$target; \
 		$(CARGO) +nightly fuzz run "$$target" fuzz/found/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10; \
 	done
+
+image: tools ## Build the container image as an OCI archive, without Docker: target/bindery-image.tar
+	$(CARGO) build --release --locked --bins --package daemon --package operator
+	sh tests/cluster/bindery_image.sh target/bindery-image.tar
+
+cluster-up: tools ## Start a real two-node Kubernetes on this machine with Bindery in it (as root; needs Go)
+	@HELM_ARGS="$(HELM_ARGS)" sh tests/cluster/install.sh $(CLUSTER)
+
+cluster-down: ## Remove that cluster
+	@sh tests/cluster/down.sh $(CLUSTER)
 
 tools:
 	@sh tests/check_tools.sh

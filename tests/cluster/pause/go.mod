@@ -1,0 +1,3 @@
+module bindery.dev/tests/pause
+
+go 1.26.0

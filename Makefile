@@ -14,7 +14,9 @@ export PYTHON
 # State of the local cluster, and flags added to `helm upgrade --install`.
 CLUSTER ?= target/cluster
 HELM_ARGS ?=
-.PHONY: help run test bench fuzz image cluster-up cluster-down tools components
+TEST ?=
+KEEP ?=
+.PHONY: help run test test-cluster bench bench-hop bench-operator fuzz image cluster-up cluster-down tools components
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
@@ -37,9 +39,24 @@ test: tools components ## Check the format, run the lints and all tests
 	BINDERY_TEST_PYTHON="$$python" \
 	BINDERY_TEST_PROMTOOL="$$promtool" \
 	$(CARGO) test --locked --workspace
+	@if why=$$(sh tests/cluster/can_run.sh 2>&1); then $(MAKE) --no-print-directory test-cluster; \
+	else printf '\n*** NOT RUN: the cluster suite. %s ***\n' "$$why"; fi
+
+test-cluster: tools ## Start that cluster, run the cluster suite against it, remove it (TEST="..." names tests; KEEP=1 keeps it)
+	@PROFILE=dev HELM_ARGS="$(HELM_ARGS)" sh tests/cluster/install.sh $(CLUSTER)
+	@BINDERY_TEST_CLUSTER=$(abspath $(CLUSTER)) $(CARGO) test --locked --workspace --test cluster -- $(TEST); rc=$$?; \
+	[ -n "$(KEEP)" ] || sh tests/cluster/down.sh $(CLUSTER); exit $$rc
 
 bench: tools ## Run the load generator against a server that runs (BENCH_ARGS="..." replaces its flags)
 	$(CARGO) run --release --locked --bin bindery -- bench serve $(BENCH_ARGS)
+
+bench-hop: tools ## What the replica between a client and its engine costs, side by side
+	$(CARGO) build --release --locked --workspace --bins
+	@model=$$($(PYTHON) tests/fetch_model.py) && $(PYTHON) tests/cluster/small_model.py "$$model" target/small.gguf 2
+	$(CARGO) bench --locked --package tests --bench hop -- $(abspath target/small.gguf)
+
+bench-operator: tools ## A thousand models and five thousand Pods on a real API server (as root; needs Go)
+	@sh tests/cluster/bench_operator.sh $(CLUSTER)
 
 fuzz: tools ## Fuzz the parsers and readers, each for FUZZ_SECONDS (installs cargo-fuzz and a nightly toolchain)
 	@rustup toolchain list | grep -q '^nightly' || rustup toolchain install nightly --profile minimal
@@ -51,7 +68,7 @@ fuzz: tools ## Fuzz the parsers and readers, each for FUZZ_SECONDS (installs car
 	done
 
 image: tools ## Build the container image as an OCI archive, without Docker: target/bindery-image.tar
-	$(CARGO) build --release --locked --bins --package daemon --package operator
+	$(CARGO) build --release --locked --workspace --bins
 	sh tests/cluster/bindery_image.sh target/bindery-image.tar
 
 cluster-up: tools ## Start a real two-node Kubernetes on this machine with Bindery in it (as root; needs Go)

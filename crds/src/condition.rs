@@ -43,6 +43,9 @@ pub enum Reason {
     UnsupportedDevice,
     /// The weights' server does not answer or breaks off; it is tried again.
     SourceUnreachable,
+    /// A node has no room for the weights: on its disk, or in what its cache may take. The message has what is wanted and what
+    /// is free.
+    DiskFull,
     /// What came from the source is not what its checksum says.
     ChecksumMismatch,
     /// The source refuses the credential, or wants one.
@@ -61,7 +64,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::AllReplicasReady,
         Self::ScaledToZero,
         Self::Progressing,
@@ -74,6 +77,7 @@ impl Reason {
         Self::UnsupportedModel,
         Self::UnsupportedDevice,
         Self::SourceUnreachable,
+        Self::DiskFull,
         Self::ChecksumMismatch,
         Self::Unauthorized,
         Self::MemoryGrantTooSmall,
@@ -103,6 +107,7 @@ impl Reason {
             | Self::Downloading
             | Self::Loading
             | Self::SourceUnreachable
+            | Self::DiskFull
             | Self::RolloutStuck
             | Self::ApplyFailed => false,
         }

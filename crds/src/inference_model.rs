@@ -98,7 +98,7 @@ pub struct InferenceModelSpec {
     "!has(self.sha256) || self.uri.startsWith('https://') || self.uri.startsWith('s3://') || self.uri.startsWith('file://')"
 ).message("sha256 is for single files: the hub has checksums of its own"))]
 pub struct Source {
-    /// `hf://org/name[/file.gguf][@revision]`, `https://host/path.gguf`, `s3://bucket/path`, or `file://path` below the
+    /// `hf://org/name[/file.gguf][@revision]`, `https://host/path.gguf`, `s3://bucket/path.gguf`, or `file://path` below the
     /// node agent's model folder.
     #[schemars(length(min = 1, max = 2048))]
     #[x_kube(validation = Rule::new("!self.startsWith('pvc://')").message(

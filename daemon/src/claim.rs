@@ -36,9 +36,35 @@ pub struct Claim {
     /// Keys that clients may show; none: every client may ask.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub api_keys: Vec<Secret>,
-    /// The source's token.
+    /// What the source asks for.
+    #[serde(default)]
+    pub credential: ClaimCredential,
+}
+
+/// The keys of a source's Secret.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClaimCredential {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<Secret>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aws_access_key_id: Option<Secret>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aws_secret_access_key: Option<Secret>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aws_region: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aws_endpoint_url: Option<String>,
+}
+
+impl ClaimCredential {
+    /// Bytes of its longest part.
+    fn longest(&self) -> usize {
+        let secrets = [&self.token, &self.aws_access_key_id, &self.aws_secret_access_key];
+        let words = [&self.aws_region, &self.aws_endpoint_url];
+        let secrets = secrets.into_iter().flatten().map(|secret| secret.0.len());
+        secrets.chain(words.into_iter().flatten().map(String::len)).max().unwrap_or(0)
+    }
 }
 
 /// A text that is never printed.
@@ -105,7 +131,7 @@ impl Claim {
             ("the model's address", self.model.len(), 2048),
             ("the served name", self.served_name.len(), 256),
             ("the checksum", self.sha256.as_ref().map_or(0, String::len), 64),
-            ("the token", self.token.as_ref().map_or(0, |token| token.0.len()), 4096),
+            ("the credential", self.credential.longest(), 4096),
             ("an API key", longest_key, 1024),
         ] {
             if got > most {
@@ -129,7 +155,10 @@ mod tests {
             device: crds::Device::Cpu,
             engine: crds::Engine::default(),
             api_keys: vec![Secret("sk-secret".into())],
-            token: Some(Secret("hf-secret".into())),
+            credential: ClaimCredential {
+                token: Some(Secret("hf-secret".into())),
+                ..ClaimCredential::default()
+            },
         }
     }
 
@@ -138,7 +167,8 @@ mod tests {
         let line = serde_json::to_string(&ReplicaLine::Claim(Box::new(claim()))).unwrap();
         let Ok(ReplicaLine::Claim(read)) = serde_json::from_str(&line) else { panic!("{line}") };
         assert_eq!(*read, claim());
-        assert!(!format!("{read:?}").contains("secret"));
+        let printed = format!("{read:?}");
+        assert!(!printed.contains("sk-secret") && !printed.contains("hf-secret"), "{printed}");
     }
 
     #[test]

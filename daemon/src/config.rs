@@ -17,10 +17,12 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use serde_json::json;
 
+use crate::api::server::Keepalive;
 use crate::bench::serve::BenchServeArgs;
 use crate::node::NodeConfig;
 use crate::replica::ReplicaConfig;
-use crate::source::{Location, Token};
+use crate::source::reach::Reach;
+use crate::source::{Location, Room, Token};
 
 pub use flags::{Dtype, KvCacheDtype, LoadFormat, LogFormat, PlanFormat, PrefixCacheScope};
 
@@ -66,6 +68,7 @@ pub struct ServeConfig {
     pub shutdown_timeout: Duration,
     /// A client that accepts no byte for this long is cancelled.
     pub write_timeout: Duration,
+    pub keepalive: Keepalive,
     pub max_body_bytes: NonZeroUsize,
     /// Absent: one thread per core that the process may use.
     pub threads: Option<NonZeroUsize>,
@@ -176,6 +179,11 @@ pub struct HubConfig {
     pub cache: PathBuf,
     /// `HF_HUB_OFFLINE`: only what is in the cache.
     pub offline: bool,
+    /// While the hub cannot be reached, whether what is in the cache is used.
+    pub trusts_cache: bool,
+    pub reach: Reach,
+    /// Asked before a download begins.
+    pub room: Room,
 }
 
 /// A secret that clients show; never printed.
@@ -351,6 +359,10 @@ fn check(
         },
         shutdown_timeout: flags.shutdown_timeout.0,
         write_timeout: flags.write_timeout.0,
+        keepalive: Keepalive {
+            requests: flags.keepalive_requests,
+            time: flags.keepalive_time.map(|time| time.0),
+        },
         max_body_bytes: usize::try_from(flags.max_body_bytes.0.get())
             .ok()
             .and_then(NonZeroUsize::new)
@@ -435,6 +447,9 @@ fn hub_config(environment: &Environment) -> Result<HubConfig, ConfigError> {
         token: token.and_then(Token::new),
         cache: environment.get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
         offline: environment.get("HF_HUB_OFFLINE").is_some_and(is_true),
+        trusts_cache: true,
+        reach: Reach::Everywhere,
+        room: Room::default(),
     })
 }
 

@@ -138,6 +138,7 @@ async fn serve(
         header_timeout: HEADER_TIMEOUT,
         drain_idle: DRAIN_IDLE,
         max_connections: MAX_CONNECTIONS,
+        keepalive: config.keepalive,
     };
     let app = crate::api::router(Arc::clone(&state));
     let server =

@@ -28,13 +28,26 @@ const WORDS: Duration = Duration::from_secs(10);
 /// A write that was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    #[error("{what} {name}: {source}")]
+    #[error("{what} {name}: {}", words(source))]
     Refused { what: &'static str, name: String, source: Box<kube::Error> },
     #[error("write {what} as JSON: {source}")]
     Json { what: &'static str, source: serde_json::Error },
 }
 
+/// Of an answer of the API server its message alone.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
+    }
+}
+
 impl ApplyError {
+    /// Whether the API server has answered, and the answer is no.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self.kind(), "refused" | "forbidden")
+    }
+
     /// The metric's label.
     pub fn kind(&self) -> &'static str {
         match self {

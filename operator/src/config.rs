@@ -12,6 +12,10 @@ pub struct Config {
     /// Image of replica Pods
     #[arg(long, env = "BINDERY_OPERATOR_REPLICA_IMAGE")]
     pub replica_image: String,
+    /// Labels of the node agents' DaemonSets in the operator's namespace. Replicas follow to a new image once these run it;
+    /// default: at once
+    #[arg(long, env = "BINDERY_OPERATOR_NODE_AGENTS")]
+    pub node_agents: Option<String>,
     /// When that image is pulled
     #[arg(long, env = "BINDERY_OPERATOR_PULL_POLICY", value_enum, default_value_t = PullPolicy::IfNotPresent)]
     pub pull_policy: PullPolicy,

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use crds::InferenceModel;
 use futures_util::stream::{BoxStream, select_all};
 use futures_util::{Stream, StreamExt};
+use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::Api;
 use kube::runtime::controller::{Config as ControllerConfig, Controller};
@@ -139,6 +140,11 @@ fn watch_all(
         network_policies: children(client, config, &mut wakes),
         pods: pods(client, config, &mut wakes),
         nodes: nodes(client, &mut wakes),
+        agents: config
+            .node_agents
+            .as_deref()
+            .map(|labels| agents(client, config, labels, &mut wakes)),
+        begun: Arc::default(),
     };
     (stores, select_all(wakes))
 }
@@ -210,6 +216,18 @@ fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<Infe
             None
         }
     }
+}
+
+/// The node agents' DaemonSets wake nobody: a model that waits for them looks again by itself.
+fn agents(client: &Client, config: &Config, labels: &str, wakes: &mut Wakes) -> Store<DaemonSet> {
+    let (store, writer) = reflector::store();
+    let api = Api::<DaemonSet>::namespaced(client.clone(), &config.own_namespace);
+    let touched = watcher(api, watcher::Config::default().labels(labels))
+        .default_backoff()
+        .reflect(writer)
+        .touched_objects();
+    wakes.push(touched.filter_map(|_| std::future::ready(None)).boxed());
+    store
 }
 
 /// Nodes wake nobody: a model that waits for memory looks again by itself.

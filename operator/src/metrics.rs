@@ -51,7 +51,7 @@ impl Metrics {
         let models = IntGaugeVec::new(
             Opts::new(
                 "bindery_operator_models",
-                "Models whose condition is true, and all of them.",
+                "Models whose condition is true, those that were changed and not looked at yet, and all of them.",
             ),
             &["condition"],
         )?;
@@ -91,6 +91,12 @@ impl Metrics {
             self.models.with_label_values(&[label]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };
         count("any", models.len());
+        let is_outdated = |model: &&Arc<InferenceModel>| {
+            let observed = model.status.as_ref().and_then(|status| status.observed_generation);
+            observed < model.metadata.generation
+        };
+        // The depth of the queue: what was asked and not yet looked at.
+        count("outdated", models.iter().filter(is_outdated).count());
         for type_ in [ConditionType::Ready, ConditionType::Reconciling, ConditionType::Stalled] {
             let word = type_.to_string();
             let is_true = |model: &&Arc<InferenceModel>| {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crds::{InferenceModel, ReplicaState};
 use futures_util::StreamExt;
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -14,6 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
+use tokio::sync::OnceCell;
 
 use crate::desired::{HEALTH_PORT, MODEL_LABEL, resource_of};
 
@@ -21,6 +22,10 @@ use crate::desired::{HEALTH_PORT, MODEL_LABEL, resource_of};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Replicas that are asked at once.
 const AT_ONCE: usize = 8;
+/// Models whose replicas move to a new image at once.
+const MOVES: usize = 4;
+/// A model whose replicas make no progress for this long does not keep others from moving.
+const STUCK_SECONDS: i64 = 60;
 /// The largest answer of a replica.
 const LARGEST_STATE: u64 = 16 << 10;
 
@@ -33,11 +38,20 @@ pub struct Stores {
     pub network_policies: Store<NetworkPolicy>,
     pub pods: Store<Pod>,
     pub nodes: Store<Node>,
+    /// The node agents, where replicas' images follow theirs.
+    pub agents: Option<Store<DaemonSet>>,
+    /// Set once every watch has begun.
+    pub begun: Arc<OnceCell<()>>,
 }
 
 impl Stores {
     /// Waits until every watch has begun: before that, what is not there may only not be known yet.
     pub async fn wait(&self) {
+        // One waits for all: a store wakes only the last of several that wait for it (kube 5.0, `DelayedInit`).
+        self.begun.get_or_init(|| self.begin()).await;
+    }
+
+    async fn begin(&self) {
         // A writer that is gone means that the process ends.
         let _ = tokio::join!(
             self.deployments.wait_until_ready(),
@@ -46,6 +60,11 @@ impl Stores {
             self.network_policies.wait_until_ready(),
             self.pods.wait_until_ready(),
             self.nodes.wait_until_ready(),
+            async {
+                if let Some(agents) = &self.agents {
+                    drop(agents.wait_until_ready().await);
+                }
+            },
         );
     }
 }
@@ -59,6 +78,8 @@ pub struct Observed {
     /// Newest first.
     pub pods: Vec<PodSeen>,
     pub nodes: Vec<NodeSeen>,
+    /// Whether replicas may move to the operator's image now.
+    pub may_move: bool,
     pub now: Timestamp,
 }
 
@@ -108,7 +129,12 @@ impl NodeSeen {
 }
 
 /// Looks at a model's surroundings. Replicas that are not ready are asked how they are.
-pub async fn observe(model: &InferenceModel, stores: &Stores, http: &reqwest::Client) -> Observed {
+pub async fn observe(
+    model: &InferenceModel,
+    stores: &Stores,
+    http: &reqwest::Client,
+    image: &str,
+) -> Observed {
     let name = model.name_any();
     let namespace = model.namespace().unwrap_or_default();
     let deployment = stores.deployments.get(&ObjectRef::new(&name).within(&namespace));
@@ -128,7 +154,51 @@ pub async fn observe(model: &InferenceModel, stores: &Stores, http: &reqwest::Cl
     pods.sort_by(|one, other| (&other.created, &one.name).cmp(&(&one.created, &other.name)));
     ask(&mut pods, http).await;
     let nodes = nodes(model, stores);
-    Observed { deployment, heads, pods, nodes, now: Timestamp::now() }
+    let now = Timestamp::now();
+    let may_move = may_move(deployment.as_deref(), stores, image, now);
+    Observed { deployment, heads, pods, nodes, may_move, now }
+}
+
+/// The image of a Deployment's replicas.
+pub fn image_of(deployment: &Deployment) -> Option<&str> {
+    let pod = deployment.spec.as_ref()?.template.spec.as_ref()?;
+    pod.containers.first()?.image.as_deref()
+}
+
+/// The agents run the image, and few other models are on their way to it.
+fn may_move(own: Option<&Deployment>, stores: &Stores, image: &str, now: Timestamp) -> bool {
+    let moved = own.and_then(image_of).is_none_or(|own| own == image);
+    let agents = stores.agents.as_ref().map(Store::state).unwrap_or_default();
+    let moving = |found: &&Arc<Deployment>| is_moving(found, image, now);
+    moved
+        || (agents.iter().all(|agent| is_done(agent, image))
+            && stores.deployments.state().iter().filter(moving).count() < MOVES)
+}
+
+/// All Pods of the DaemonSet run `image` and are available.
+fn is_done(agents: &DaemonSet, image: &str) -> bool {
+    let template = agents.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+    let runs = template.and_then(|pod| pod.containers.first()?.image.as_deref()) == Some(image);
+    let status = agents.status.clone().unwrap_or_default();
+    let wanted = status.desired_number_scheduled;
+    runs && status.observed_generation >= agents.metadata.generation
+        && status.updated_number_scheduled.unwrap_or(0) >= wanted
+        && status.number_available.unwrap_or(0) >= wanted
+}
+
+/// A rollout to `image` that is not over and makes progress.
+fn is_moving(deployment: &Deployment, image: &str, now: Timestamp) -> bool {
+    let status = deployment.status.clone().unwrap_or_default();
+    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
+    let seen = status.observed_generation >= deployment.metadata.generation;
+    let done = status.updated_replicas.unwrap_or(0) >= wanted
+        && status.available_replicas.unwrap_or(0) >= wanted
+        && status.replicas.unwrap_or(0) == wanted;
+    let progress = status.conditions.iter().flatten().find(|found| found.type_ == "Progressing");
+    let stuck = progress
+        .and_then(|found| found.last_update_time.as_ref())
+        .is_some_and(|time| now.as_second() - time.0.as_second() > STUCK_SECONDS);
+    image_of(deployment) == Some(image) && !(seen && (done || stuck))
 }
 
 fn meta<K>(store: &Store<K>, name: &str, namespace: &str) -> Option<ObjectMeta>

@@ -10,7 +10,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
 use crate::config::Config;
 use crate::desired::Children;
-use crate::observe::{Child, Observed, PodSeen};
+use crate::observe::{Child, Observed, PodSeen, image_of};
 use crate::status;
 
 /// A replica whose grant is spread over devices is replaced after this long: while it holds its units the node's total is
@@ -42,7 +42,8 @@ pub struct Plan {
 
 /// What the cluster should be told.
 pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Plan {
-    let children = Children::of(model, config);
+    let image = image(observed, config);
+    let children = Children::of(model, config, &image);
     let mut changes = vec![
         Change::ApplyService(Box::new(children.service)),
         Change::ApplyDisruptionBudget(Box::new(children.disruption_budget)),
@@ -55,8 +56,18 @@ pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Pla
     let spent = observed.pods.iter().filter(|pod| is_spent(pod, observed));
     changes.extend(spent.map(|pod| Change::DeletePod { name: pod.name.clone() }));
     let status = status::status(model, observed);
-    let look_again = if status::is_settled(&status) { LATER } else { SOON };
+    let is_done = status::is_settled(&status) && image == config.replica_image;
+    let look_again = if is_done { LATER } else { SOON };
     Plan { changes, status, look_again }
+}
+
+/// The image that replicas run. A new one comes after the node agents run it, to a few models at a time.
+fn image(observed: &Observed, config: &Config) -> String {
+    let runs = observed.deployment.as_deref().and_then(image_of);
+    match runs {
+        Some(runs) if !observed.may_move => runs.to_owned(),
+        Some(_) | None => config.replica_image.clone(),
+    }
 }
 
 /// A policy of ours that is no longer wanted.

@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::observe::{Stores, observe};
 use crate::plan::plan;
+use crate::status;
 
 /// The first and the longest time from an error to the next try of the same model.
 const FIRST_RETRY: Duration = Duration::from_millis(500);
@@ -74,10 +75,18 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
         return Ok(LONGEST_RETRY);
     }
     context.stores.wait().await;
-    let observed = observe(model, &context.stores, &context.http).await;
+    let observed =
+        observe(model, &context.stores, &context.http, &context.config.replica_image).await;
     let plan = plan(model, &observed, &context.config);
     for change in &plan.changes {
-        context.applier.apply(model, &observed, change).await?;
+        if let Err(error) = context.applier.apply(model, &observed, change).await {
+            if error.is_refusal() {
+                let status = status::refused(model, &observed, error.to_string());
+                context.applier.write_status(model, &status).await?;
+                context.teller.tell(model, &status).await;
+            }
+            return Err(error);
+        }
     }
     context.applier.write_status(model, &plan.status).await?;
     context.teller.tell(model, &plan.status).await;

@@ -10,6 +10,9 @@ use crate::observe::{Observed, PodSeen};
 /// Nodes that a message names at most.
 const NAMED_NODES: usize = 8;
 
+/// A replica of a rollout that has not become ready for this long holds the rollout up. Downloads and loading may take longer.
+const STUCK_SECONDS: i64 = 600;
+
 /// Replicas as the Deployment counts them.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counts {
@@ -32,6 +35,25 @@ struct Cause {
 pub fn status(model: &InferenceModel, observed: &Observed) -> InferenceModelStatus {
     let counts = counts(model, observed);
     let cause = if counts.is_done { None } else { Some(cause(model, observed, counts)) };
+    with_cause(model, observed, counts, cause)
+}
+
+/// The status where the API server refuses a child, in its words.
+pub fn refused(
+    model: &InferenceModel,
+    observed: &Observed,
+    message: String,
+) -> InferenceModelStatus {
+    let cause = Cause { reason: Reason::ApplyFailed, message };
+    with_cause(model, observed, counts(model, observed), Some(cause))
+}
+
+fn with_cause(
+    model: &InferenceModel,
+    observed: &Observed,
+    counts: Counts,
+    cause: Option<Cause>,
+) -> InferenceModelStatus {
     InferenceModelStatus {
         observed_generation: model.metadata.generation,
         replicas: counts.present,
@@ -87,7 +109,7 @@ fn cause(model: &InferenceModel, observed: &Observed, counts: Counts) -> Cause {
         .or_else(|| causes.iter().find(|cause| cause.reason == Reason::InsufficientMemory))
         .or_else(|| causes.first())
         .cloned();
-    let cause = first.unwrap_or_else(|| Cause {
+    let cause = first.or_else(|| not_created(observed)).unwrap_or_else(|| Cause {
         reason: Reason::Progressing,
         message: format!(
             "{} of {} replicas are up to date, {} answer",
@@ -100,10 +122,35 @@ fn cause(model: &InferenceModel, observed: &Observed, counts: Counts) -> Cause {
         .iter()
         .filter(|pod| pod.ready && Some(pod.template.as_str()) != newest)
         .count();
-    if older == 0 || cause.reason == Reason::Progressing {
+    if older == 0 {
         return cause;
     }
-    Cause { message: format!("{}; {older} replicas of before serve on", cause.message), ..cause }
+    let reason = if is_stuck(observed, cause.reason) { Reason::RolloutStuck } else { cause.reason };
+    Cause { reason, message: format!("{}; {older} replicas of before serve on", cause.message) }
+}
+
+/// What the API server said when it refused the Pods: a quota, or a class that does not exist.
+fn not_created(observed: &Observed) -> Option<Cause> {
+    let status = observed.deployment.as_ref()?.status.as_ref()?;
+    let refused = status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|found| found.type_ == "ReplicaFailure" && found.status == "True")?;
+    Some(Cause { reason: Reason::ApplyFailed, message: refused.message.clone()? })
+}
+
+/// Whether the newest replica has waited for too long, for something that is not merely long.
+fn is_stuck(observed: &Observed, reason: Reason) -> bool {
+    let passes = matches!(
+        reason,
+        Reason::Progressing | Reason::Waiting | Reason::Fragmented | Reason::SourceUnreachable
+    );
+    let newest = observed.pods.iter().find(|pod| !pod.ready && !pod.deleting);
+    let age = newest
+        .and_then(|pod| pod.created)
+        .map_or(0, |created| observed.now.as_second() - created.as_second());
+    passes && age >= STUCK_SECONDS
 }
 
 fn cause_of(model: &InferenceModel, observed: &Observed, pod: &PodSeen) -> Option<Cause> {
@@ -116,7 +163,20 @@ fn cause_of(model: &InferenceModel, observed: &Observed, pod: &PodSeen) -> Optio
         return Some(Cause { reason: state.reason, message: state.message.clone() });
     }
     let waiting = pod.waiting.as_ref()?;
-    Some(Cause { reason: Reason::Progressing, message: format!("Pod {}: {waiting}", pod.name) })
+    let spec = &model.spec;
+    let secrets: Vec<_> = [&spec.api_key_secret_ref, &spec.source.secret_ref]
+        .into_iter()
+        .flatten()
+        .map(|secret| secret.name.as_str())
+        .collect();
+    // The kubelet tells of a Secret that is not there by an Event alone, and the operator may not look.
+    let mounts = if waiting == "ContainerCreating" && !secrets.is_empty() {
+        format!("; it mounts the Secrets {}: are they there?", secrets.join(", "))
+    } else {
+        String::new()
+    };
+    let message = format!("Pod {}: {waiting}{mounts}", pod.name);
+    Some(Cause { reason: Reason::Progressing, message })
 }
 
 /// The scheduler's words, with the figures where memory is what lacks.

@@ -5,16 +5,21 @@ here=$(cd "$(dirname "$0")" && pwd); root=$(cd "$here/../.." && pwd)
 mkdir -p "$1"; state=$(cd "$1" && pwd); export state
 bin=$(sh "$here/build.sh"); export bin
 python=${PYTHON:-python3}
-(cd "$root" && cargo build --release --locked --bins --package daemon --package operator)
+PROFILE=${PROFILE:-release}; export PROFILE
+# Beside tests the libraries have the features that the tests want: what `make test` has built is used again.
+targets=--bins; [ "$PROFILE" != dev ] || targets="--bins --tests"
+# shellcheck disable=SC2086
+(cd "$root" && cargo build --profile "$PROFILE" --locked --workspace $targets)
 model=$("$python" "$root/tests/fetch_model.py")
 
 if [ -e "$state/vm/cp/pid" ]; then sh "$here/down.sh" "$state"; fi
 mkdir -p "$state/images" "$state/models"
 ln -f "$model" "$state/models/" 2>/dev/null || cp "$model" "$state/models/"
+[ -e "$state/models/small.gguf" ] || "$python" "$here/small_model.py" "$model" "$state/models/small.gguf" 2
 image() { [ "$state/images/$1.tar" -nt "$2" ] || "$python" "$here/image.py" "$state/images/$1.tar" "localhost/$1:$3" --entrypoint "$4" "$2:$4"; }
 image pause "$bin/pause" 1 /pause
 image coredns "$bin/coredns" 1 /coredns
-sh "$here/bindery_image.sh" "$state/images/bindery.tar"
+sh "$here/bindery_image.sh" "$state/images/bindery.tar" localhost/bindery:dev
 
 begun=$(date +%s)
 sh "$here/up.sh" "$state"

@@ -99,6 +99,8 @@ wait_for 20 "containerd of $name" inside "$name" ctr version
 for image in "$state"/images/*.tar; do
     inside "$name" ctr -n k8s.io image import "$image" >>"$vm/$name/log/import.log" 2>&1
 done
+# The same programs under another name: what an upgrade goes to.
+inside "$name" ctr -n k8s.io image tag --force localhost/bindery:dev localhost/bindery:next >>"$vm/$name/log/import.log" 2>&1
 # Links, not copies: nobody writes into a model folder.
 for model in "$state"/models/*; do
     ln -f "$model" "$vm/$name/var/lib/bindery-models/" 2>/dev/null || cp "$model" "$vm/$name/var/lib/bindery-models/"

@@ -1,8 +1,10 @@
 //! The accept loop: connections within limits, cut off when they stall, ended gracefully.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -36,6 +38,17 @@ pub struct ServerOptions {
     pub drain_idle: Duration,
     /// Connections beyond this wait to be accepted.
     pub max_connections: usize,
+    pub keepalive: Keepalive,
+}
+
+/// How long a connection is kept for further requests. Where a balancer spreads connections rather than requests, ending
+/// them now and then is what brings load to new replicas.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Keepalive {
+    /// The answer to this many requests ends it.
+    pub requests: Option<NonZeroUsize>,
+    /// The first answer after this time ends it.
+    pub time: Option<Duration>,
 }
 
 /// Where the server is in its life.
@@ -60,7 +73,6 @@ pub async fn serve(
     mut phase: watch::Receiver<Phase>,
     metrics: Arc<Metrics>,
 ) {
-    let app = app.layer(axum::middleware::from_fn_with_state(phase.clone(), close_while_draining));
     let places = Arc::new(Semaphore::new(options.max_connections));
     let mut connections = JoinSet::new();
     loop {
@@ -139,6 +151,13 @@ async fn converse(
     options: ServerOptions,
     mut phase: watch::Receiver<Phase>,
 ) {
+    let life = Arc::new(Life {
+        phase: phase.clone(),
+        began: Instant::now(),
+        answers: AtomicUsize::new(0),
+        keepalive: options.keepalive,
+    });
+    let app = app.layer(axum::middleware::from_fn_with_state(life, close_in_the_end));
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
@@ -157,13 +176,30 @@ async fn converse(
     }
 }
 
-async fn close_while_draining(
-    axum::extract::State(phase): axum::extract::State<watch::Receiver<Phase>>,
+/// One connection, as far as its end depends on it.
+struct Life {
+    phase: watch::Receiver<Phase>,
+    began: Instant,
+    answers: AtomicUsize,
+    keepalive: Keepalive,
+}
+
+impl Life {
+    fn is_over(&self) -> bool {
+        let answers = self.answers.fetch_add(1, Ordering::Relaxed) + 1;
+        *self.phase.borrow() != Phase::Serving
+            || self.keepalive.requests.is_some_and(|most| answers >= most.get())
+            || self.keepalive.time.is_some_and(|most| self.began.elapsed() >= most)
+    }
+}
+
+async fn close_in_the_end(
+    axum::extract::State(life): axum::extract::State<Arc<Life>>,
     request: axum::extract::Request,
     next: axum::middleware::Next,
 ) -> axum::response::Response {
     let mut response = next.run(request).await;
-    if *phase.borrow() != Phase::Serving {
+    if life.is_over() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -331,7 +367,8 @@ mod tests {
         let (write_timeout, header_timeout) =
             (Duration::from_millis(200), Duration::from_millis(200));
         let drain_idle = Duration::from_millis(200);
-        ServerOptions { write_timeout, header_timeout, drain_idle, max_connections: 100 }
+        let keepalive = Keepalive::default();
+        ServerOptions { write_timeout, header_timeout, drain_idle, max_connections: 100, keepalive }
     }
 
     async fn ask(address: SocketAddr, path: &str) -> String {
@@ -375,6 +412,30 @@ mod tests {
         server.phase.send(Phase::Closing).unwrap();
         tokio::time::timeout(Duration::from_secs(20), server.task).await.unwrap().unwrap();
         assert!(TcpStream::connect(server.address).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_connection_ends_after_its_requests_or_its_time() {
+        let ends_after = async |keepalive: Keepalive| {
+            let server = start(ServerOptions { keepalive, ..options() }).await;
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            for n_answers in 1..100 {
+                stream.write_all(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+                let mut answer = vec![0; 1024];
+                let n_bytes = stream.read(&mut answer).await.unwrap();
+                let answer = String::from_utf8_lossy(&answer[..n_bytes]).into_owned();
+                if answer.contains("connection: close") {
+                    return n_answers;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            100
+        };
+        let requests = NonZeroUsize::new(3);
+        assert_eq!(ends_after(Keepalive { requests, time: None }).await, 3);
+        let time = Some(Duration::from_millis(50));
+        assert!((2..90).contains(&ends_after(Keepalive { requests: None, time }).await));
+        assert_eq!(ends_after(Keepalive::default()).await, 100);
     }
 
     #[tokio::test]

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use super::{ConfigError, LogConfig, flags, invalid};
-use crate::claim::{Claim, Secret, VERSION};
+use crate::claim::{Claim, ClaimCredential, Secret, VERSION};
 use crate::node::{LocalClients, NodeConfig};
 use crate::replica::ReplicaConfig;
+use crate::source::reach::Reach;
 
 /// A Secret's value is at most 1 MiB; a key or token is far less.
 const LONGEST_SECRET: u64 = 4096;
@@ -32,6 +33,8 @@ pub(super) fn node(flags: flags::Node) -> Result<NodeConfig, ConfigError> {
         state_dir: flags.state_dir,
         kubelet_dir: flags.kubelet_dir,
         hub_endpoint: flags.hub_endpoint.trim_end_matches('/').to_owned(),
+        reach: if flags.allow_private_sources { Reach::Everywhere } else { Reach::Public },
+        cache_limit_bytes: flags.cache_size.map(|size| size.0),
         admin: SocketAddr::new(flags.host.0, flags.port),
         drain: flags.drain_seconds.0,
         local_clients: if flags.allow_local_clients {
@@ -49,10 +52,7 @@ pub(super) fn replica(flags: flags::Replica) -> Result<ReplicaConfig, ConfigErro
         return invalid("MODEL is missing: hf://org/name[/file.gguf][@revision] or file://path");
     };
     let api_keys = flags.api_keys.as_deref().map(api_keys).transpose()?.unwrap_or_default();
-    let token = match &flags.credential {
-        Some(folder) => secret(&folder.join("token"))?,
-        None => None,
-    };
+    let credential = flags.credential.as_deref().map(credential).transpose()?.unwrap_or_default();
     let claim = Claim {
         version: VERSION,
         served_name: flags.served_model_name.unwrap_or_else(|| model.clone()),
@@ -61,7 +61,7 @@ pub(super) fn replica(flags: flags::Replica) -> Result<ReplicaConfig, ConfigErro
         device: flags.device,
         engine: flags.engine,
         api_keys,
-        token,
+        credential,
     };
     claim.check().map_err(|error| ConfigError::Value(error.to_string()))?;
     Ok(ReplicaConfig {
@@ -104,6 +104,19 @@ fn api_keys(folder: &Path) -> Result<Vec<Secret>, ConfigError> {
         }
     }
     Ok(keys)
+}
+
+/// The files of a mounted Secret that a source may ask for.
+fn credential(folder: &Path) -> Result<ClaimCredential, ConfigError> {
+    let read = |name: &str| secret(&folder.join(name));
+    let word = |name: &str| Ok::<_, ConfigError>(read(name)?.map(|word| word.0));
+    Ok(ClaimCredential {
+        token: read("token")?,
+        aws_access_key_id: read("AWS_ACCESS_KEY_ID")?,
+        aws_secret_access_key: read("AWS_SECRET_ACCESS_KEY")?,
+        aws_region: word("AWS_REGION")?,
+        aws_endpoint_url: word("AWS_ENDPOINT_URL")?,
+    })
 }
 
 /// A file's text without the line break at its end; `None` when there is no file.

@@ -73,6 +73,12 @@ pub(super) struct Node {
     /// Where hf:// is
     #[arg(long, value_name = "URL", default_value = "https://huggingface.co")]
     pub(super) hub_endpoint: String,
+    /// Bytes that downloaded weights may take together, such as 200Gi; what was not used for longest goes first (default: no limit)
+    #[arg(long, value_name = "SIZE")]
+    pub(super) cache_size: Option<crds::Bytes>,
+    /// Let sources be at private, link-local and loopback addresses
+    #[arg(long)]
+    pub(super) allow_private_sources: bool,
     /// Address of health and metrics
     #[arg(long, default_value = "0.0.0.0")]
     pub(super) host: Host,
@@ -91,7 +97,7 @@ pub(super) struct Node {
 
 #[derive(Debug, Args)]
 pub(super) struct Replica {
-    /// hf://org/name[/file.gguf][@revision] or file://path below the node's model folder
+    /// hf://org/name[/file.gguf][@revision], https://host/path.gguf, s3://bucket/path.gguf, or file://path below the node's model folder
     pub(super) model: Option<String>,
     /// YAML file with the same keys as the flags (and `model`)
     #[arg(long, value_name = "FILE")]
@@ -114,7 +120,7 @@ pub(super) struct Replica {
     /// Folder of a Secret: each file is a key that clients may show
     #[arg(long, value_name = "DIR")]
     pub(super) api_keys: Option<PathBuf>,
-    /// Folder of a Secret with the source's credential: the file token
+    /// Folder of a Secret with the source's credential: the file token, or AWS_ACCESS_KEY_ID and the like
     #[arg(long, value_name = "DIR")]
     pub(super) credential: Option<PathBuf>,
     /// Address to listen on
@@ -259,6 +265,12 @@ pub(super) struct Serve {
     /// Seconds after which a client that accepts no byte is cancelled
     #[arg(long, value_name = "SECONDS", default_value = "60", help_heading = "Server")]
     pub(super) write_timeout: Seconds,
+    /// Requests after which a connection is closed, so that clients spread over new replicas (default: no limit)
+    #[arg(long, value_parser = positive::<NonZeroUsize>, value_name = "N", help_heading = "Server")]
+    pub(super) keepalive_requests: Option<NonZeroUsize>,
+    /// Seconds after which a connection is closed with its next answer (default: no limit)
+    #[arg(long, value_name = "SECONDS", help_heading = "Server")]
+    pub(super) keepalive_time: Option<Seconds>,
     /// Largest request body
     #[arg(long, value_name = "BYTES", default_value = "16MiB", help_heading = "Server")]
     pub(super) max_body_bytes: ByteSize,

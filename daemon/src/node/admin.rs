@@ -25,8 +25,9 @@ pub async fn serve(listener: TcpListener, agent: Arc<Agent>) {
 
 async fn readyz(State(agent): State<Arc<Agent>>) -> (StatusCode, &'static str) {
     match *agent.phase.borrow() {
-        Phase::Serving => (StatusCode::OK, "ok"),
         Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
+        Phase::Serving if agent.has_returned() => (StatusCode::OK, "ok"),
+        Phase::Serving => (StatusCode::SERVICE_UNAVAILABLE, "engines of before are not back yet"),
     }
 }
 

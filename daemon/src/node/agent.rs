@@ -17,6 +17,8 @@ use super::weights::Weights;
 const ABSENCE: Duration = Duration::from_secs(10);
 /// A grant that the kubelet never listed is given this long to appear.
 const APPEARANCE: Duration = Duration::from_secs(60);
+/// An agent that came back is not ready until the grants of before have their engines, but for this long at most.
+const RETURN: Duration = Duration::from_secs(60);
 
 /// How far the agent's own end is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Agent {
 struct State {
     ledger: Ledger,
     known: BTreeMap<GrantId, Known>,
+    /// Grants of an earlier agent whose engines have not answered to this one, and since when that is waited for.
+    awaited: Option<(Instant, BTreeSet<GrantId>)>,
 }
 
 /// What is known of a grant beside its units.
@@ -106,7 +110,7 @@ impl Agent {
             local_clients: parts.local_clients,
             drain: parts.drain,
             phase: watch::Sender::new(Phase::Serving),
-            state: Mutex::new(State { ledger: parts.ledger, known: BTreeMap::new() }),
+            state: Mutex::new(State { ledger: parts.ledger, ..State::default() }),
             changed: watch::Sender::new(0),
             listening,
         };
@@ -152,7 +156,10 @@ impl Agent {
     /// # Errors
     /// When they cannot be read.
     pub fn restore(&self) -> std::io::Result<()> {
-        for (id, units) in self.grants.load()? {
+        let found = self.grants.load()?;
+        let ids = found.iter().map(|(id, _)| id.clone()).collect();
+        self.change(|state| state.awaited = Some((Instant::now(), ids)));
+        for (id, units) in found {
             match self.grants.listen(&id) {
                 Ok(listener) => self.add(&id, units, listener)?,
                 Err(error) => tracing::error!(%id, %error, "cannot listen for a grant"),
@@ -207,6 +214,19 @@ impl Agent {
         self.lock().known.contains_key(id)
     }
 
+    /// Says that a grant's engine answers, or that its claim has failed: nobody waits for it any more.
+    pub fn settled(&self, id: &GrantId) {
+        self.change(|state| state.awaited.as_mut().map(|(_, ids)| ids.remove(id)));
+    }
+
+    /// Whether the engines that an earlier agent's end took away are back.
+    pub fn has_returned(&self) -> bool {
+        match &self.lock().awaited {
+            Some((since, ids)) => ids.is_empty() || since.elapsed() >= RETURN,
+            None => true,
+        }
+    }
+
     /// Takes the memory for an engine; it is given back when the answer is dropped.
     ///
     /// # Errors
@@ -239,6 +259,7 @@ impl Agent {
 
     fn forget(&self, id: &GrantId, why: &str) {
         self.change(|state| state.known.remove(id));
+        self.settled(id);
         if let Err(error) = self.grants.remove(id) {
             tracing::error!(%id, %error, "cannot remove a grant's folder");
         }
@@ -299,27 +320,26 @@ impl Drop for Running {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::config::HubConfig;
     use crate::node::ledger::Device;
+    use crate::node::weights::WeightsConfig;
+    use crate::source::Retry;
+    use crate::source::reach::Reach;
 
     /// An agent with one device of 4 GiB, in `root`.
     pub(in crate::node) fn agent(root: &std::path::Path, program: &str) -> (Arc<Agent>, Listeners) {
         std::fs::create_dir_all(root.join("models")).unwrap();
         let device = Device { name: "cpu0".into(), gib: 4, health: Health::Healthy };
-        let hub = HubConfig {
-            endpoint: "http://127.0.0.1:1".into(),
-            token: None,
-            cache: root.join("cache"),
-            offline: true,
-        };
         Agent::new(Parts {
             ledger: Ledger::new(vec![device]),
             grants: Grants::open(root).unwrap(),
-            weights: Weights {
+            weights: Weights::new(WeightsConfig {
                 model_folder: root.join("models"),
-                hub,
-                downloading: tokio::sync::Mutex::default(),
-            },
+                root: root.to_owned(),
+                hub_endpoint: "http://127.0.0.1:1".into(),
+                reach: Reach::Public,
+                limit_bytes: None,
+                retry: Retry { attempts: 1, first_pause: Duration::ZERO },
+            }),
             spawner: Spawner::start().unwrap(),
             program: program.into(),
             local_clients: LocalClients::Allowed,
@@ -379,7 +399,10 @@ pub(super) mod tests {
         };
         let (agent, mut listeners) = agent(root.path(), "true");
         agent.restore().unwrap();
+        assert!(!agent.has_returned());
         assert_eq!(listeners.recv().await.unwrap().0, id);
+        agent.settled(&id);
+        assert!(agent.has_returned());
         assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 3);
     }
 }

@@ -15,6 +15,7 @@ use super::agent::{Agent, Listeners, LocalClients, Phase, Running};
 use super::engine::{Engine, FromEngine};
 use super::grants::{ENGINE_FOLDER, ENGINE_SOCKET};
 use super::ledger::{CannotStart, GrantId};
+use super::weights::Fetched;
 use crate::claim::{AgentLine, Claim, LONGEST_LINE, ReplicaLine};
 use crate::config::ApiKey;
 use crate::source::Downloaded;
@@ -34,8 +35,13 @@ const SOURCE_RETRY: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(1);
 /// Lines of an engine's log that explain its end.
 const LAST_WORDS: usize = 8;
+/// A client's connection ends after so many requests, or with the first answer after so long.
+const KEEPALIVE_REQUESTS: &str = "1000";
+const KEEPALIVE_SECONDS: &str = "300";
 /// While the agent drains, an engine is kept for this long at least: endpoints follow with a delay.
 const DRAIN_AT_LEAST: Duration = Duration::from_secs(5);
+/// And until no connection came for this long.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// Serves every grant's socket until the agent ends.
 pub async fn serve(agent: Arc<Agent>, mut listeners: Listeners) {
@@ -111,6 +117,7 @@ async fn client(agent: Arc<Agent>, id: GrantId, stream: UnixStream) {
         Err(over) => over,
     };
     if let Over::Failed { reason, message } = over {
+        agent.settled(&id);
         tracing::warn!(%id, %reason, message, "a claim has failed");
         // Who has gone does not need to know.
         drop(say(&mut lines, AgentLine::Failed { reason, message }).await);
@@ -178,14 +185,16 @@ async fn serve_claim(agent: &Arc<Agent>, id: &GrantId, claim: &Claim, lines: &mu
             pause(lines, RETRY).await?;
         };
         if claim.device == crds::Device::Gpu {
+            // Where the memory lies is told first: a grant over two devices is placed elsewhere.
+            drop(place(agent, id, lines).await?);
             return Err(Over::Failed {
                 reason: crds::Reason::UnsupportedDevice,
                 message: "this build has no engine for device gpu; wanted cpu".into(),
             });
         }
-        let path = fetch(agent, claim, lines).await?;
+        let fetched = fetch(agent, claim, lines).await?;
         let running = place(agent, id, lines).await?;
-        run(agent, id, claim, Start { path, running }, lines).await
+        run(agent, id, claim, Start { fetched, running }, lines).await
     };
     match done.await {
         Ok(over) | Err(over) => over,
@@ -197,11 +206,7 @@ fn ended() -> Over {
 }
 
 /// Brings the weights, trying again for as long as the replica stays and the reason may pass.
-async fn fetch(
-    agent: &Arc<Agent>,
-    claim: &Claim,
-    lines: &mut Lines,
-) -> Result<std::path::PathBuf, Over> {
+async fn fetch(agent: &Arc<Agent>, claim: &Claim, lines: &mut Lines) -> Result<Fetched, Over> {
     loop {
         let (sender, mut downloaded) = watch::channel(None::<Downloaded>);
         let report = move |now: Downloaded| {
@@ -223,8 +228,8 @@ async fn fetch(
             }
         };
         match fetched {
-            Ok(path) => return Ok(path),
-            Err(error) if error.reason() == crds::Reason::SourceUnreachable => {
+            Ok(fetched) => return Ok(fetched),
+            Err(error) if !error.reason().is_terminal() => {
                 let (reason, message) = (error.reason(), error.to_string());
                 say(lines, AgentLine::Waiting { reason, message }).await?;
                 pause(lines, SOURCE_RETRY).await?;
@@ -261,7 +266,8 @@ async fn place(agent: &Arc<Agent>, id: &GrantId, lines: &mut Lines) -> Result<Ru
 }
 
 struct Start {
-    path: std::path::PathBuf,
+    /// Held for as long as the engine maps it.
+    fetched: Fetched,
     running: Running,
 }
 
@@ -309,10 +315,17 @@ async fn run(
 /// The engine's flags; a secret is never among them.
 fn command(agent: &Agent, id: &GrantId, claim: &Claim, start: &Start) -> Command {
     let mut command = Command::new(&agent.program);
-    command.env_clear().current_dir("/").arg("serve").arg(&start.path).arg("--supervised");
+    command.env_clear().current_dir("/").arg("serve").arg(&start.fetched.path).arg("--supervised");
     command.arg("--uds").arg(agent.grants.engine_socket(id));
     command.args(["--served-model-name", &claim.served_name]);
     command.args(["--memory-bytes", &format!("{}GiB", start.running.place.gib)]);
+    // kube-proxy spreads connections, not requests.
+    command.args([
+        "--keepalive-requests",
+        KEEPALIVE_REQUESTS,
+        "--keepalive-time",
+        KEEPALIVE_SECONDS,
+    ]);
     let engine = &claim.engine;
     for (flag, value) in [
         ("--max-model-len", engine.max_model_len),
@@ -383,6 +396,9 @@ impl Attending<'_> {
 
     async fn pass_on(&mut self, said: FromEngine) -> Result<(), Attended> {
         self.draining.hear(&said);
+        if let FromEngine::Event(Event::Ready {}) = &said {
+            self.agent.settled(self.id);
+        }
         if let FromEngine::Log(line) = &said {
             if self.last_words.len() == LAST_WORDS {
                 self.last_words.pop_front();
@@ -428,18 +444,26 @@ impl Attending<'_> {
 #[derive(Debug, Default)]
 struct Draining {
     since: Option<tokio::time::Instant>,
+    /// When the newest connection came.
+    newest: Option<tokio::time::Instant>,
     in_flight: u64,
 }
 
 impl Draining {
     fn hear(&mut self, line: &FromEngine) {
-        if let FromEngine::Event(Event::InFlight { requests }) = line {
-            self.in_flight = *requests;
+        match line {
+            FromEngine::Event(Event::InFlight { requests }) => self.in_flight = *requests,
+            FromEngine::Event(Event::Connections { .. }) => {
+                self.newest = Some(tokio::time::Instant::now());
+            }
+            FromEngine::Event(_) | FromEngine::Log(_) => {}
         }
     }
 
     fn is_over(&self) -> bool {
-        self.since.is_some_and(|since| since.elapsed() >= DRAIN_AT_LEAST && self.in_flight == 0)
+        let quiet = self.newest.is_none_or(|newest| newest.elapsed() >= QUIET);
+        let long = self.since.is_some_and(|since| since.elapsed() >= DRAIN_AT_LEAST);
+        long && quiet && self.in_flight == 0
     }
 }
 
@@ -478,7 +502,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
-    use crate::claim::{Secret, VERSION};
+    use crate::claim::{ClaimCredential, Secret, VERSION};
     use crate::node::agent::tests::agent;
     use crate::node::ledger::Unit;
 
@@ -518,7 +542,7 @@ mod tests {
                 device: crds::Device::Cpu,
                 engine: crds::Engine::default(),
                 api_keys: vec![Secret("sk-1".into())],
-                token: None,
+                credential: ClaimCredential::default(),
             };
             change(&mut claim);
             let mut lines = self.connect().await;

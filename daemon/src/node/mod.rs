@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod cache;
 pub mod claims;
 pub mod engine;
 pub mod grants;
@@ -25,9 +26,11 @@ use engine::Spawner;
 use grants::Grants;
 use kubelet::Plugin;
 use ledger::{Device, Health, Ledger};
-use weights::Weights;
+use weights::{Weights, WeightsConfig};
 
-use crate::config::{HubConfig, LogConfig};
+use crate::config::LogConfig;
+use crate::source::Retry;
+use crate::source::reach::Reach;
 
 /// What the agent advertises: the resource, and how its devices' names begin.
 const RESOURCES: [(&str, &str); 2] =
@@ -48,6 +51,10 @@ pub struct NodeConfig {
     pub state_dir: PathBuf,
     pub kubelet_dir: PathBuf,
     pub hub_endpoint: String,
+    /// Which addresses downloads may reach.
+    pub reach: Reach,
+    /// Bytes of all downloads together.
+    pub cache_limit_bytes: Option<u64>,
     pub admin: std::net::SocketAddr,
     pub drain: Duration,
     pub local_clients: LocalClients,
@@ -121,16 +128,14 @@ fn parts(config: &NodeConfig, devices: Vec<Device>) -> Result<Parts> {
     Ok(Parts {
         ledger: Ledger::new(devices),
         grants: Grants::open(root).with_context(|| format!("open {}", root.display()))?,
-        weights: Weights {
+        weights: Weights::new(WeightsConfig {
             model_folder: config.model_dir.clone(),
-            hub: HubConfig {
-                endpoint: config.hub_endpoint.clone(),
-                token: None,
-                cache: root.join("hub"),
-                offline: false,
-            },
-            downloading: tokio::sync::Mutex::default(),
-        },
+            root: root.clone(),
+            hub_endpoint: config.hub_endpoint.clone(),
+            reach: config.reach,
+            limit_bytes: config.cache_limit_bytes,
+            retry: Retry::USUAL,
+        }),
         spawner: Spawner::start().context("start the spawning thread")?,
         program: std::env::current_exe().context("find this program")?,
         local_clients: config.local_clients,

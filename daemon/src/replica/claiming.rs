@@ -54,8 +54,10 @@ fn tell(status: &Shared, reason: Reason, message: String) {
     let state = ReplicaState::new(reason, message);
     status.send_if_modified(|status| {
         let changed = status.state != state;
-        if changed {
+        if status.state.reason != state.reason {
             tracing::info!(reason = %state.reason, message = state.message, "state");
+        }
+        if changed {
             status.state = state;
         }
         changed

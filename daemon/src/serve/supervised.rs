@@ -148,8 +148,15 @@ fn files(config: &ServeConfig, model: &Path) -> Result<Files> {
 }
 
 fn reason_of(error: &anyhow::Error) -> FailureReason {
-    if error.downcast_ref::<PlanError>().is_some() {
-        return FailureReason::MemoryGrantTooSmall;
+    if let Some(error) = error.downcast_ref::<PlanError>() {
+        return match error {
+            PlanError::TooLong { .. } | PlanError::Overflow(_) => {
+                FailureReason::InvalidConfiguration
+            }
+            PlanError::NoRoomForWeights { .. }
+            | PlanError::SequenceDoesNotFit { .. }
+            | PlanError::LargerThanMachine { .. } => FailureReason::MemoryGrantTooSmall,
+        };
     }
     if error.downcast_ref::<ModelError>().is_some() {
         return FailureReason::UnsupportedModel;

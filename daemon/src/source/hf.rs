@@ -147,7 +147,7 @@ pub async fn fetch(
     let site = Site::new(config, retry)?;
     let revision = match site.revision(model).await {
         Ok(revision) => revision,
-        Err(error @ HubError::Unreachable { .. }) => {
+        Err(error @ HubError::Unreachable { .. }) if config.trusts_cache => {
             return match cache.remembered(model) {
                 Some(path) => {
                     tracing::warn!(%error, path = %path.display(), "using the model that is in the cache");
@@ -204,17 +204,13 @@ impl Sibling {
 
 impl Site {
     fn new(config: &HubConfig, retry: Retry) -> Result<Self, HubError> {
-        let client = reqwest::Client::builder()
-            .user_agent(concat!("bindery/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(Duration::from_secs(10))
-            .read_timeout(Duration::from_secs(60))
-            // A redirect to another host loses the Authorization header: reqwest takes it away.
-            .redirect(reqwest::redirect::Policy::limited(5))
-            .build()
-            .map_err(|error| HubError::Unreachable {
-                endpoint: config.endpoint.clone(),
-                reason: chain(&error),
-            })?;
+        let unreachable =
+            |reason| HubError::Unreachable { endpoint: config.endpoint.clone(), reason };
+        let url = reqwest::Url::parse(&config.endpoint);
+        let url = url.map_err(|error| unreachable(error.to_string()))?;
+        config.reach.check(&url).map_err(unreachable)?;
+        let client = config.reach.client().build();
+        let client = client.map_err(|error| unreachable(chain(&error)))?;
         Ok(Self { client, config: config.clone(), retry })
     }
 
@@ -336,7 +332,7 @@ impl Cache {
         // One process at a time fills a repository; the lock ends with the file.
         let _lock = self.lock().await?;
         let total_bytes = files.files().iter().map(|file| file.bytes).fold(0, u64::saturating_add);
-        self.check_room(files)?;
+        self.check_room(site, files)?;
         let mut progress = Progress::new(total_bytes, report);
         let mut bytes_before = 0u64;
         for file in files.files() {
@@ -387,7 +383,7 @@ impl Cache {
         }
     }
 
-    fn check_room(&self, files: &FileSet) -> Result<(), HubError> {
+    fn check_room(&self, site: &Site, files: &FileSet) -> Result<(), HubError> {
         let missing =
             files.files().iter().filter(|file| !is_whole(&self.blob(file), file)).map(|file| {
                 let have = std::fs::metadata(self.blob(file).with_extension("incomplete"))
@@ -395,14 +391,12 @@ impl Cache {
                 file.bytes.saturating_sub(have)
             });
         let wanted = missing.fold(0, u64::saturating_add);
+        let full = |free| HubError::DiskFull { path: self.root.clone(), wanted, free };
+        site.config.room.make(wanted).map_err(full)?;
         // A file system that cannot say is tried.
         let Ok(space) = rustix::fs::statvfs(&self.root) else { return Ok(()) };
         let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if wanted > free {
-            Err(HubError::DiskFull { path: self.root.clone(), wanted, free })
-        } else {
-            Ok(())
-        }
+        if wanted > free { Err(full(free)) } else { Ok(()) }
     }
 
     /// Names a blob in the snapshot, as the hub's own clients do.

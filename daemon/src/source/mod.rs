@@ -2,11 +2,16 @@
 
 pub mod hf;
 mod hub_files;
+pub mod object;
 mod progress;
+pub mod reach;
 mod transfer;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
 
 pub use hub_files::{FileSet, HubFile};
 pub use progress::Downloaded;
@@ -53,6 +58,63 @@ impl std::fmt::Debug for Token {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Token(..)")
     }
+}
+
+/// What a source may ask for. Keys are as printable as tokens and as secret.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Credential {
+    pub token: Option<Token>,
+    pub aws_access_key_id: Option<Token>,
+    pub aws_secret_access_key: Option<Token>,
+    pub aws_region: Option<String>,
+    pub aws_endpoint_url: Option<String>,
+}
+
+/// Makes room for bytes that are about to come; the answer is what is free where that is not enough.
+#[derive(Clone, Default)]
+pub struct Room(Option<Arc<MakeRoom>>);
+
+type MakeRoom = dyn Fn(u64) -> Result<(), u64> + Send + Sync;
+
+impl Room {
+    pub fn new(make: impl Fn(u64) -> Result<(), u64> + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(make)))
+    }
+
+    /// # Errors
+    /// With the bytes that are free.
+    pub(crate) fn make(&self, wanted: u64) -> Result<(), u64> {
+        self.0.as_ref().map_or(Ok(()), |make| make(wanted))
+    }
+}
+
+impl std::fmt::Debug for Room {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Room(..)")
+    }
+}
+
+/// SHA-256 of a file, in lower-case hexadecimal digits.
+pub(crate) async fn sha256_of(path: &Path) -> std::io::Result<String> {
+    let path = path.to_owned();
+    let hashed = tokio::task::spawn_blocking(move || {
+        use std::io::Read;
+        let mut hasher = Sha256::new();
+        let mut file = std::fs::File::open(path)?;
+        let mut piece = vec![0; 1 << 20];
+        loop {
+            let n_bytes = file.read(&mut piece)?;
+            if n_bytes == 0 {
+                return Ok(hex(&hasher.finalize()));
+            }
+            hasher.update(&piece[..n_bytes]);
+        }
+    });
+    hashed.await.unwrap_or_else(|error| Err(error.into()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl HubModel {

@@ -10,6 +10,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::hex;
 use super::hf::{HubError, Site};
 use super::hub_files::{Checksum, HubFile};
 use super::progress::Progress;
@@ -76,10 +77,6 @@ impl Hasher {
             Self::Sha1(hasher) => hex(&hasher.finalize()),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Transfer<'_> {

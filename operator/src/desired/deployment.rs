@@ -15,7 +15,7 @@ const HISTORY: i32 = 2;
 /// A download of hours is no failure; what is one, the operator says itself.
 const DEADLINE_SECONDS: i32 = 24 * 3600;
 
-pub(super) fn deployment(model: &InferenceModel, config: &Config) -> Deployment {
+pub(super) fn deployment(model: &InferenceModel, config: &Config, image: &str) -> Deployment {
     let rollout = &model.spec.rollout;
     let rolling = RollingUpdateDeployment {
         max_surge: Some(IntOrString::Int(rollout.max_surge)),
@@ -32,7 +32,7 @@ pub(super) fn deployment(model: &InferenceModel, config: &Config) -> Deployment 
             }),
             revision_history_limit: Some(HISTORY),
             progress_deadline_seconds: Some(DEADLINE_SECONDS),
-            template: pod::template(model, config),
+            template: pod::template(model, config, image),
             ..DeploymentSpec::default()
         }),
         status: None,

@@ -27,10 +27,10 @@ pub struct Children {
 }
 
 impl Children {
-    /// Everything that a model should have.
-    pub fn of(model: &InferenceModel, config: &Config) -> Self {
+    /// Everything that a model should have, its replicas running `image`.
+    pub fn of(model: &InferenceModel, config: &Config, image: &str) -> Self {
         Self {
-            deployment: deployment::deployment(model, config),
+            deployment: deployment::deployment(model, config, image),
             service: service::service(model),
             disruption_budget: service::disruption_budget(model),
             network_policy: (config.network_policies == Switch::On)

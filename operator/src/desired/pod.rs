@@ -23,7 +23,7 @@ const USER: i64 = 65_532;
 const API_KEYS: &str = "/etc/bindery/api-keys";
 const CREDENTIAL: &str = "/etc/bindery/credential";
 
-pub(super) fn template(model: &InferenceModel, config: &Config) -> PodTemplateSpec {
+pub(super) fn template(model: &InferenceModel, config: &Config, image: &str) -> PodTemplateSpec {
     let pod = &model.spec.pod;
     let scheduling = &model.spec.scheduling;
     // The operator's own labels come last: a user's cannot replace them.
@@ -61,7 +61,7 @@ pub(super) fn template(model: &InferenceModel, config: &Config) -> PodTemplateSp
             topology_spread_constraints: Some(spread(model)),
             image_pull_secrets: some(pull_secrets),
             volumes: some(volumes(model)),
-            containers: vec![container(model, config)],
+            containers: vec![container(model, config, image)],
             ..PodSpec::default()
         }),
     }
@@ -167,7 +167,7 @@ fn arguments(model: &InferenceModel) -> Vec<String> {
     arguments
 }
 
-fn container(model: &InferenceModel, config: &Config) -> Container {
+fn container(model: &InferenceModel, config: &Config, image: &str) -> Container {
     let port = |name: &str, number: i32| ContainerPort {
         name: Some(name.to_owned()),
         container_port: number,
@@ -176,7 +176,7 @@ fn container(model: &InferenceModel, config: &Config) -> Container {
     };
     Container {
         name: "replica".into(),
-        image: Some(config.replica_image.clone()),
+        image: Some(image.to_owned()),
         image_pull_policy: Some(config.pull_policy.as_str().into()),
         args: Some(arguments(model)),
         ports: Some(vec![port("http", HTTP_PORT), port("metrics", HEALTH_PORT)]),

@@ -8,6 +8,7 @@ pub(crate) fn config() -> Config {
     Config {
         namespaces: Vec::new(),
         replica_image: "localhost/bindery:1".into(),
+        node_agents: None,
         pull_policy: PullPolicy::IfNotPresent,
         priority_class: Some("bindery-replica".into()),
         network_policies: Switch::On,
@@ -36,7 +37,7 @@ pub(crate) fn model(spec: Value) -> InferenceModel {
 }
 
 fn pod(spec: Value) -> Value {
-    let children = Children::of(&model(spec), &config());
+    let children = Children::of(&model(spec), &config(), "localhost/bindery:1");
     serde_json::to_value(children.deployment).unwrap()["spec"]["template"].clone()
 }
 
@@ -49,7 +50,7 @@ fn arguments(spec: Value) -> String {
 #[test]
 fn children_have_the_models_name_and_go_with_it() {
     let model = model(json!({}));
-    let children = Children::of(&model, &config());
+    let children = Children::of(&model, &config(), "localhost/bindery:1");
     let heads = [
         children.deployment.metadata,
         children.service.metadata,

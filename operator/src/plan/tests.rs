@@ -128,6 +128,29 @@ fn a_rollout_without_free_memory_says_what_to_set() {
 }
 
 #[test]
+fn a_rollout_that_waits_too_long_is_stuck_and_a_long_download_is_not() {
+    let old = || PodSeen { template: "old".into(), ..ready("old") };
+    let reason = |said: Reason, seconds: i64| {
+        let mut observed = seen(vec![saying("new", said, "why"), old()], deployment(2, 1, 1));
+        observed.now = Timestamp::from_second(seconds).unwrap();
+        verdict(&observed).1
+    };
+    assert_eq!(reason(Reason::SourceUnreachable, 599), "SourceUnreachable");
+    assert_eq!(reason(Reason::SourceUnreachable, 600), "RolloutStuck");
+    assert_eq!(reason(Reason::Downloading, 100_000), "Downloading");
+}
+
+#[test]
+fn pods_that_the_api_server_refuses_are_told_in_its_words() {
+    let mut refused = (*deployment(0, 0, 0).unwrap()).clone();
+    let failure =
+        json!([{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]);
+    refused.status.as_mut().unwrap().conditions = serde_json::from_value(failure).unwrap();
+    let (_, reason, message, _) = verdict(&seen(Vec::new(), Some(Arc::new(refused))));
+    assert_eq!((reason.as_str(), message.as_str()), ("ApplyFailed", "exceeded quota"));
+}
+
+#[test]
 fn zero_replicas_are_a_wish_that_is_met() {
     let model = model(json!({"replicas": 0}));
     let mut none = (*deployment(0, 0, 0).unwrap()).clone();
@@ -230,4 +253,21 @@ proptest! {
         prop_assert_eq!(is("Ready", "False"), is("Reconciling", "True") || is("Stalled", "True"));
         prop_assert!(!(is("Reconciling", "True") && is("Stalled", "True")));
     }
+}
+
+#[test]
+fn replicas_move_to_a_new_image_only_when_they_may() {
+    let old = Children::of(&model(json!({})), &config(), "localhost/bindery:0").deployment;
+    let image = |may_move, deployment: Option<&Deployment>| {
+        let deployment = deployment.map(|found| Arc::new(found.clone()));
+        let observed = Observed { may_move, ..seen(Vec::new(), deployment) };
+        let planned = plan(&model(json!({})), &observed, &config());
+        planned.changes.iter().find_map(|change| match change {
+            Change::ApplyDeployment(found) => image_of(found).map(str::to_owned),
+            _ => None,
+        })
+    };
+    assert_eq!(image(false, Some(&old)).as_deref(), Some("localhost/bindery:0"));
+    assert_eq!(image(true, Some(&old)).as_deref(), Some("localhost/bindery:1"));
+    assert_eq!(image(false, None).as_deref(), Some("localhost/bindery:1"), "a new model");
 }

@@ -12,6 +12,20 @@ use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
 
 use super::*;
+use crate::source::Room;
+use crate::source::reach::Reach;
+
+fn hub_config() -> HubConfig {
+    HubConfig {
+        endpoint: String::new(),
+        token: None,
+        cache: PathBuf::new(),
+        offline: false,
+        trusts_cache: true,
+        reach: Reach::Everywhere,
+        room: Room::default(),
+    }
+}
 
 /// What goes wrong at the hub.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,7 +183,7 @@ async fn setup(mood: Mood) -> Setup {
     let (hub, endpoint) = start(mood, None).await;
     let cache = tempfile::tempdir().unwrap();
     let config =
-        HubConfig { endpoint, token: None, cache: cache.path().to_owned(), offline: false };
+        HubConfig { endpoint, token: None, cache: cache.path().to_owned(), ..hub_config() };
     Setup { hub, config, _cache: cache }
 }
 
@@ -276,7 +290,7 @@ async fn a_token_is_shown_to_the_hub_and_not_to_whom_it_redirects_to() {
     let (hub, endpoint) = start(Mood::Redirects, Some(other_url)).await;
     let cache = tempfile::tempdir().unwrap();
     let token = crate::source::Token::new("hf_x".into());
-    let config = HubConfig { endpoint, token, cache: cache.path().to_owned(), offline: false };
+    let config = HubConfig { endpoint, token, cache: cache.path().to_owned(), ..hub_config() };
     Setup { hub: Arc::clone(&hub), config, _cache: cache }.assert_whole().await;
     let shown =
         |hub: &Hub| hub.seen.lock().unwrap().iter().filter(|(.., token)| token.is_some()).count();

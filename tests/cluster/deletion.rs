@@ -1,0 +1,75 @@
+//! Deletion in every order: nothing hangs, nothing is left.
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use crate::Test;
+use crate::cluster::{Cluster, SYSTEM};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("a_namespace_with_models_is_deleted", a_namespace_with_models_is_deleted),
+    ("the_chart_and_then_the_models_and_the_crd_are_deleted", the_chart_first),
+];
+
+fn a_namespace_with_models_is_deleted(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("dropped")?;
+    space.model("one", &json!({}))?;
+    space.model("two", &json!({"source": {"uri": "file://absent.gguf"}}))?;
+    space.wait_until_ready("one")?;
+    cluster.kubectl(&["delete", "namespace", "dropped", "--timeout=60s"])?;
+    cluster.wait_until_empty()
+}
+
+fn the_chart_first(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("orphaned")?;
+    space.model("m", &json!({}))?;
+    space.wait_until_ready("m")?;
+    let values = cluster.helm(&["-n", SYSTEM, "get", "values", "bindery", "-o", "json"])?;
+    cluster.helm(&["-n", SYSTEM, "uninstall", "bindery", "--wait", "--timeout", "60s"])?;
+    // The definition stays, and with it the models, unready since no agent is there.
+    space.kubectl(&["get", "imodel", "m"])?;
+    cluster.wait_until("its replica is not ready", || {
+        let deployment = cluster.get(&["-n", "orphaned", "deployment", "m"])?;
+        Ok(deployment["status"]["readyReplicas"].is_null())
+    })?;
+    // Installed anew, it takes up what is there.
+    install(cluster, &values)?;
+    space.wait_until_ready("m")?;
+    space.chat("m", "Hello")?;
+
+    cluster.helm(&["-n", SYSTEM, "uninstall", "bindery", "--wait", "--timeout", "60s"])?;
+    space.kubectl(&["delete", "imodel", "m", "--timeout=30s"])?;
+    cluster.kubectl(&["delete", "crd", "inferencemodels.bindery.dev", "--timeout=30s"])?;
+    cluster.wait_until("no child is left", || {
+        Ok(space.kubectl(&["get", "all,pdb,networkpolicy", "-o", "name"])?.trim().is_empty())
+    })?;
+    install(cluster, &values)?;
+    cluster.wait_until_empty()?;
+    for node in ["node1", "node2"] {
+        let grants = cluster.state.join("vm").join(node).join("var/lib/bindery/grants");
+        let left = std::fs::read_dir(&grants).map_or(0, Iterator::count);
+        ensure!(left == 0, "{left} grants are left on {node}");
+    }
+    Ok(())
+}
+
+fn install(cluster: &Cluster, values: &str) -> Result<()> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), values)?;
+    let values = file.path().display().to_string();
+    cluster
+        .helm(&[
+            "-n",
+            SYSTEM,
+            "install",
+            "bindery",
+            chart,
+            "-f",
+            &values,
+            "--wait",
+            "--timeout",
+            "90s",
+        ])
+        .map(drop)
+}

@@ -1,0 +1,97 @@
+//! The device plugin of GPU nodes, with a fake inventory given by file: there is no GPU here.
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use crate::Test;
+use crate::cluster::{Cluster, PATIENCE, SYSTEM};
+
+pub(crate) const TESTS: &[Test] = &[(
+    "gpu_memory_of_a_fake_inventory_is_lent_fragmented_and_followed",
+    gpu_memory_of_a_fake_inventory,
+)];
+
+const INVENTORY: &str = "/var/lib/bindery-models/gpus/gpus.yaml";
+const GIB: &str = "bindery.dev/gpu-memory-gib";
+
+fn gpu_memory_of_a_fake_inventory(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    inventory(cluster, "- {uuid: GPU-a, memoryGib: 2}\n- {uuid: GPU-b, memoryGib: 2}\n")?;
+    cluster.kubectl(&["label", "node", "node2", "nvidia.com/gpu.present=true", "--overwrite"])?;
+    let done = with_gpus(cluster);
+    cluster.kubectl(&["label", "node", "node2", "nvidia.com/gpu.present-"])?;
+    upgrade(cluster, &["gpuNodes.enabled=false"])?;
+    cluster.wait_until("node2 lends CPU memory again", || {
+        let node = cluster.get(&["node", "node2"])?;
+        Ok(node["status"]["allocatable"]["bindery.dev/cpu-memory-gib"] == "4"
+            && cluster.ledger("node2").is_ok())
+    })?;
+    done
+}
+
+fn inventory(cluster: &Cluster, text: &str) -> Result<()> {
+    let path = cluster.state.join("vm/node2").join(INVENTORY.trim_start_matches('/'));
+    std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
+    std::fs::write(&path, text)?;
+    Ok(())
+}
+
+fn upgrade(cluster: &Cluster, values: &[&str]) -> Result<()> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
+    let mut words = vec!["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values"];
+    words.extend(values.iter().flat_map(|value| ["--set", value]));
+    cluster.helm(&words).map(drop)
+}
+
+fn lent(cluster: &Cluster) -> Result<String> {
+    let node = cluster.get(&["node", "node2"])?;
+    Ok(node["status"]["allocatable"][GIB].as_str().unwrap_or_default().to_owned())
+}
+
+fn with_gpus(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("gpus")?;
+    let path = format!("gpuNodes.inventory={INVENTORY}");
+    upgrade(
+        cluster,
+        &["gpuNodes.enabled=true", "gpuNodes.memory=1Gi", "gpuNodes.cpu=100m", &path],
+    )?;
+    cluster.wait_until("4 GiB are lent", || Ok(lent(cluster)? == "4"))?;
+    // Never both agents on a node.
+    let agents = cluster.items(&[
+        "-n",
+        SYSTEM,
+        "pods",
+        "-l",
+        "app.kubernetes.io/component in (node-cpu,node-gpu)",
+    ])?;
+    let on_node2 = agents.iter().filter(|pod| {
+        pod["spec"]["nodeName"] == "node2" && pod["metadata"]["deletionTimestamp"].is_null()
+    });
+    ensure!(on_node2.count() == 1, "both agents run on node2");
+
+    // On one device: best fit, and the engine that is to come says so.
+    space.model("one", &json!({"device": "gpu", "memory": "2Gi"}))?;
+    let message = space.wait_for_reason("one", "UnsupportedDevice")?;
+    ensure!(message.contains("wanted cpu"), "{message}");
+    space.kubectl(&["wait", "--for=condition=Stalled", "imodel/one", "--timeout=20s"])?;
+    space.kubectl(&["delete", "imodel", "one"])?;
+    // The node has 3 GiB, but not on one device.
+    space.model("spread", &json!({"device": "gpu", "memory": "3Gi"}))?;
+    let message = space.wait_for_reason("spread", "Fragmented")?;
+    ensure!(message.contains("GPU-a") && message.contains("GPU-b"), "{message}");
+    let first = space.pods("spread")?[0]["metadata"]["name"].clone();
+    cluster.wait("it is tried elsewhere", PATIENCE, || {
+        let pods = space.pods("spread")?;
+        Ok(pods.iter().any(|pod| pod["metadata"]["name"] != first).then_some(()))
+    })?;
+    space.kubectl(&["delete", "imodel", "spread"])?;
+
+    // A device that is lost is followed within a second; one that is back, too.
+    inventory(
+        cluster,
+        "- {uuid: GPU-a, memoryGib: 2, unhealthy: fell off the bus}\n- {uuid: GPU-b, memoryGib: 2}\n",
+    )?;
+    cluster.wait_until("2 GiB are left", || Ok(lent(cluster)? == "2"))?;
+    inventory(cluster, "- {uuid: GPU-a, memoryGib: 2}\n- {uuid: GPU-b, memoryGib: 2}\n")?;
+    cluster.wait_until("4 GiB are lent again", || Ok(lent(cluster)? == "4"))
+}

@@ -1,0 +1,177 @@
+//! Things end at the worst moment: each recovers alone, the ledger returns to its value, no orphan stays.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::Test;
+use crate::cluster::{AGENT, Cluster, ENGINE, Namespace, REPLICA, SYSTEM};
+use crate::load::Load;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("an_engine_is_killed", an_engine_is_killed),
+    ("a_replica_is_killed", a_replica_is_killed),
+    ("an_agent_is_killed_and_takes_its_engines_along", an_agent_is_killed),
+    ("an_agent_restarts_in_order_and_no_stream_breaks", an_agent_restarts_in_order),
+    ("the_kubelet_is_killed_and_the_plugin_registers_again", the_kubelet_is_killed),
+    ("containerd_is_killed", containerd_is_killed),
+    ("the_api_server_is_gone_and_serving_goes_on", the_api_server_is_gone),
+];
+
+/// Two models with one replica on each node.
+fn serving<'a>(cluster: &'a Cluster, name: &'a str) -> Result<Namespace<'a>> {
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace(name)?;
+    for (model, node) in [("one", "node1"), ("two", "node2")] {
+        space.model(
+            model,
+            &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}}),
+        )?;
+    }
+    settled(&space)?;
+    Ok(space)
+}
+
+/// Both models answer, each node has one engine on 1 GiB.
+fn settled(space: &Namespace) -> Result<()> {
+    let cluster = space.cluster;
+    for (model, node) in [("one", "node1"), ("two", "node2")] {
+        cluster.wait_until("the ledger is at its value", || Ok(cluster.ledger(node)? == (1, 1)))?;
+        space.wait_until_ready(model)?;
+        cluster.wait_until("it answers", || Ok(space.chat(model, "Hello").is_ok()))?;
+        let engines = cluster.processes(node, ENGINE)?;
+        ensure!(engines.len() == 1, "{node} has engines {engines:?}");
+    }
+    Ok(())
+}
+
+/// Another model's clients see nothing of what is done to the first.
+fn beside<T>(space: &Namespace, harm: impl FnOnce() -> Result<T>) -> Result<T> {
+    let load = Load::start(space, "two", 4, 4)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let harmed = harm();
+    let tally = load.finish(space.cluster)?;
+    let harmed = harmed?;
+    tally.ensure_nothing_failed()?;
+    Ok(harmed)
+}
+
+fn an_engine_is_killed(cluster: &Cluster) -> Result<()> {
+    let space = serving(cluster, "killed-engine")?;
+    beside(&space, || {
+        ensure!(cluster.kill("node1", ENGINE)? == 1);
+        let told = cluster.wait("the reason", Duration::from_secs(20), || {
+            let pods = space.pods("one")?;
+            let last = &pods[0]["status"]["containerStatuses"][0];
+            let states = [&last["state"]["terminated"], &last["lastState"]["terminated"]];
+            let message = states.iter().find_map(|state| state["message"].as_str());
+            Ok(message.map(str::to_owned))
+        })?;
+        ensure!(told.contains("EngineCrashed") && told.contains("SIGKILL"), "{told}");
+        settled(&space)
+    })
+}
+
+fn a_replica_is_killed(cluster: &Cluster) -> Result<()> {
+    let space = serving(cluster, "killed-replica")?;
+    beside(&space, || {
+        ensure!(cluster.kill("node1", REPLICA)? == 1);
+        cluster.wait_until("its container starts again", || {
+            let pods = space.pods("one")?;
+            Ok(pods[0]["status"]["containerStatuses"][0]["restartCount"] == 1)
+        })?;
+        settled(&space)
+    })
+}
+
+fn an_agent_is_killed(cluster: &Cluster) -> Result<()> {
+    let space = serving(cluster, "killed-agent")?;
+    beside(&space, || {
+        ensure!(cluster.kill("node1", AGENT)? == 1);
+        std::thread::sleep(Duration::from_millis(300));
+        let orphans = cluster.processes("node1", ENGINE)?;
+        ensure!(orphans.is_empty(), "engines {orphans:?} live on without their agent");
+        settled(&space)
+    })?;
+    let restarts = space.pods("one")?[0]["status"]["containerStatuses"][0]["restartCount"].clone();
+    ensure!(restarts == 0, "the replica stays for what passes, but it restarted {restarts} times");
+    Ok(())
+}
+
+fn an_agent_restarts_in_order(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace("ordered")?;
+    space.model("m", &json!({"replicas": 2}))?;
+    space.wait_until_ready("m")?;
+    let load = Load::start(&space, "m", 16, 16)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let set = "daemonset/bindery-node-cpu";
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", set])?;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", set, "--timeout=180s"])?;
+    space.wait_until_ready("m")?;
+    load.finish(cluster)?.ensure_nothing_failed()
+}
+
+fn the_kubelet_is_killed(cluster: &Cluster) -> Result<()> {
+    let space = serving(cluster, "killed-kubelet")?;
+    let program = cluster.program("kubelet")?;
+    beside(&space, || {
+        let words = cluster.end("node1", &program)?;
+        std::thread::sleep(Duration::from_secs(2));
+        cluster.begin("node1", &words)?;
+        // It has emptied the folder of the plugins.
+        let folder = cluster.state.join("vm/node1/var/lib/kubelet/device-plugins");
+        cluster.wait_until("the plugin's socket is back", || {
+            let names = std::fs::read_dir(&folder)?.flatten().map(|entry| entry.file_name());
+            Ok(names.filter(|name| name.to_string_lossy().starts_with("bindery")).count() == 1)
+        })?;
+        cluster.wait_until("the node lends again", || {
+            let node = cluster.get(&["node", "node1"])?;
+            Ok(node["status"]["allocatable"]["bindery.dev/cpu-memory-gib"] == "4")
+        })?;
+        settled(&space)
+    })?;
+    // What the kubelet lends now is what it lent before.
+    space.model("three", &json!({"memory": "3Gi", "scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}))?;
+    space.wait_until_ready("three")?;
+    ensure!(cluster.ledger("node1")? == (4, 4), "{:?}", cluster.ledger("node1")?);
+    Ok(())
+}
+
+fn containerd_is_killed(cluster: &Cluster) -> Result<()> {
+    let space = serving(cluster, "killed-containerd")?;
+    beside(&space, || {
+        let words = cluster.end("node1", "containerd -c ")?;
+        std::thread::sleep(Duration::from_secs(2));
+        space.chat("one", "Hello").context("it serves without containerd")?;
+        cluster.begin("node1", &words)?;
+        space.kubectl(&["delete", "pods", "-l", "bindery.dev/model=one", "--timeout=60s"])?;
+        settled(&space)
+    })
+}
+
+fn the_api_server_is_gone(cluster: &Cluster) -> Result<()> {
+    let space = serving(cluster, "alone")?;
+    let (one, two) = (Load::start(&space, "one", 4, 4)?, Load::start(&space, "two", 4, 4)?);
+    let api = cluster.end("cp", &cluster.program("kube-apiserver")?)?;
+    std::thread::sleep(Duration::from_secs(20));
+    // A kubelet that comes up alone must not take away what serves.
+    let kubelet = cluster.end("node1", &cluster.program("kubelet")?)?;
+    cluster.begin("node1", &kubelet)?;
+    std::thread::sleep(Duration::from_secs(40));
+    cluster.begin("cp", &api)?;
+    cluster.wait_until("the API server is back", || {
+        Ok(cluster.kubectl(&["get", "--raw", "/readyz"]).is_ok())
+    })?;
+    cluster.wait_until("both nodes are Ready", || {
+        Ok(cluster
+            .kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=1s"])
+            .is_ok())
+    })?;
+    settled(&space)?;
+    one.finish(cluster)?.ensure_nothing_failed()?;
+    two.finish(cluster)?.ensure_nothing_failed()?;
+    space.model("three", &json!({}))?;
+    space.wait_until_ready("three")
+}

@@ -1,0 +1,142 @@
+//! The operators themselves: one writes, nothing is written in a steady state, another takes over.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::cluster::{Cluster, SYSTEM};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("one_operator_leads_and_another_takes_over", one_leads_and_another_takes_over),
+    ("nothing_is_written_in_a_steady_state", nothing_is_written_in_a_steady_state),
+    ("the_chart_is_what_the_api_server_takes", the_chart_is_what_the_api_server_takes),
+    ("the_operator_may_do_what_the_readme_lists_and_no_more", the_operator_may_do_no_more),
+];
+
+/// The Pod that holds the lease.
+pub(crate) fn leader(cluster: &Cluster) -> Result<String> {
+    let lease = cluster.get(&["-n", SYSTEM, "lease", "bindery-operator"])?;
+    let holder = lease["spec"]["holderIdentity"].as_str().filter(|holder| !holder.is_empty());
+    Ok(holder.context("nobody leads")?.to_owned())
+}
+
+fn one_leads_and_another_takes_over(cluster: &Cluster) -> Result<()> {
+    let first = cluster.wait("a leader", crate::cluster::PATIENCE, || leader(cluster).map(Some))?;
+    let pods =
+        cluster.items(&["-n", SYSTEM, "pods", "-l", "app.kubernetes.io/component=operator"])?;
+    ensure!(pods.len() == 2, "{} operators", pods.len());
+    // Ended without a farewell: the lease runs out.
+    cluster.kubectl(&["-n", SYSTEM, "delete", "pod", &first, "--grace-period=0", "--force"])?;
+    let start = std::time::Instant::now();
+    cluster.wait_until("another leads", || Ok(leader(cluster)? != first))?;
+    ensure!(start.elapsed() < Duration::from_secs(30), "it took {:?}", start.elapsed());
+    let space = cluster.namespace("taken")?;
+    space.model("m", &json!({}))?;
+    space.wait_until_ready("m")
+}
+
+/// Versions of a model and all its children.
+fn versions(cluster: &Cluster, namespace: &str) -> Result<BTreeMap<String, Value>> {
+    let kinds = "imodel,deployment,service,pdb,networkpolicy";
+    let items = cluster.items(&["-n", namespace, kinds])?;
+    let version = |item: &Value| {
+        let name = format!("{}/{}", item["kind"], item["metadata"]["name"]);
+        (name, item["metadata"]["resourceVersion"].clone())
+    };
+    Ok(items.iter().map(version).collect())
+}
+
+fn nothing_is_written_in_a_steady_state(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("steady")?;
+    space.model("m", &json!({"replicas": 2}))?;
+    space.wait_until_ready("m")?;
+    std::thread::sleep(Duration::from_secs(2));
+    let before = versions(cluster, "steady")?;
+    ensure!(before.len() >= 5, "{before:?}");
+    // All of them begin anew.
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/bindery-operator"])?;
+    cluster.kubectl(&[
+        "-n",
+        SYSTEM,
+        "rollout",
+        "status",
+        "deployment/bindery-operator",
+        "--timeout=60s",
+    ])?;
+    let others = ["annotate", "node", "node1", "bindery.dev/noise=1", "--overwrite"];
+    cluster.kubectl(&others)?;
+    std::thread::sleep(Duration::from_secs(4));
+    ensure!(
+        versions(cluster, "steady")? == before,
+        "{:?} from {before:?}",
+        versions(cluster, "steady")?
+    );
+    // And what somebody else changes comes back.
+    space.kubectl(&["delete", "service", "m"])?;
+    space.kubectl(&[
+        "patch",
+        "pdb",
+        "m",
+        "--type=merge",
+        "-p",
+        "{\"spec\":{\"maxUnavailable\":2}}",
+    ])?;
+    cluster.wait_until("the children are as they should be", || {
+        let pdb = cluster.get(&["-n", "steady", "pdb", "m"])?;
+        Ok(space.service("m").is_ok() && pdb["spec"]["maxUnavailable"] == 1)
+    })
+}
+
+fn the_chart_is_what_the_api_server_takes(cluster: &Cluster) -> Result<()> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
+    cluster.helm(&["lint", "--strict", chart])?;
+    for values in [
+        "gpuNodes.enabled=true,cpuNodes.enabled=true",
+        "networkPolicy.enabled=false,priorityClass.create=false,operator.namespaces={a,b}",
+    ] {
+        let objects = cluster.helm(&["template", "other", chart, "-n", SYSTEM, "--set", values])?;
+        cluster.run(
+            "kubectl",
+            &["apply", "--dry-run=server", "-n", SYSTEM, "-f", "-"],
+            &objects,
+        )?;
+    }
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
+    cluster.kubectl(&["apply", "--dry-run=server", "-n", "default", "-f", examples])?;
+    for nonsense in ["cpuNodes.memory=8GB", "operator.replicas=none", "nosuchvalue=1"] {
+        let refused = cluster.helm(&["template", chart, "--set", nonsense]);
+        ensure!(refused.is_err(), "{nonsense} was taken");
+    }
+    cluster.helm(&["-n", SYSTEM, "test", "bindery"]).map(drop)
+}
+
+fn the_operator_may_do_no_more(cluster: &Cluster) -> Result<()> {
+    let operator = format!("system:serviceaccount:{SYSTEM}:bindery-operator");
+    let may = |words: &[&str]| {
+        let mut all = vec!["auth", "can-i"];
+        all.extend(words);
+        all.extend(["--as", operator.as_str()]);
+        cluster.kubectl(&all).is_ok_and(|said| said.trim() == "yes")
+    };
+    for words in [["patch", "deployments.apps"], ["delete", "pods"], ["list", "nodes"]] {
+        ensure!(may(&words), "it may not {words:?}");
+    }
+    ensure!(may(&["patch", "inferencemodels.bindery.dev", "--subresource=status"]), "no status");
+    for words in [
+        ["get", "secrets"],
+        ["list", "secrets"],
+        ["create", "pods"],
+        ["delete", "deployments.apps"],
+        ["patch", "inferencemodels.bindery.dev"],
+        ["delete", "services"],
+        ["patch", "nodes"],
+        ["create", "clusterroles.rbac.authorization.k8s.io"],
+        ["get", "configmaps"],
+    ] {
+        ensure!(!may(&words), "it may {words:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! Changes under load: no stream is dropped, no request fails.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::cluster::{Cluster, Namespace, PATIENCE, SYSTEM};
+use crate::load::Load;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("an_engine_flag_is_changed_under_load", an_engine_flag_is_changed_under_load),
+    ("an_update_that_cannot_work_leaves_the_old_replicas", an_update_that_cannot_work),
+    ("no_memory_for_the_surge_is_said_with_what_to_set", no_memory_for_the_surge),
+    ("helm_upgrade_to_a_new_image_and_back_under_load", helm_upgrade_under_load),
+];
+
+const CLIENTS: usize = 32;
+
+/// Two replicas on two nodes, with room for a third.
+fn two_replicas(space: &Namespace) -> Result<()> {
+    space.cluster.wait_until_empty()?;
+    space.model("m", &json!({"replicas": 2}))?;
+    space.wait_until_ready("m")?;
+    let pods = space.pods("m")?;
+    ensure!(
+        pods.len() == 2 && pods[0]["spec"]["nodeName"] != pods[1]["spec"]["nodeName"],
+        "not spread"
+    );
+    Ok(())
+}
+
+fn patch(space: &Namespace, spec: &Value) -> Result<()> {
+    let patch = json!({"spec": spec}).to_string();
+    space.kubectl(&["patch", "imodel", "m", "--type=merge", "-p", &patch]).map(drop)
+}
+
+fn an_engine_flag_is_changed_under_load(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("rolling")?;
+    two_replicas(&space)?;
+    let load = Load::start(&space, "m", CLIENTS, CLIENTS)?;
+    std::thread::sleep(Duration::from_secs(2));
+    patch(&space, &json!({"engine": {"maxNumSeqs": 64}}))?;
+    space.wait_for_reason("m", "AllReplicasReady")?;
+    // Reverted half-way, then two edits in a row.
+    patch(&space, &json!({"engine": {"maxNumSeqs": 48}}))?;
+    std::thread::sleep(Duration::from_secs(2));
+    patch(&space, &json!({"engine": {"maxNumSeqs": 64}}))?;
+    space.wait_for_reason("m", "AllReplicasReady")?;
+    patch(&space, &json!({"engine": {"blockSize": 32}}))?;
+    patch(&space, &json!({"engine": {"blockSize": 8}}))?;
+    space.wait_for_reason("m", "AllReplicasReady")?;
+    load.finish(cluster)?.ensure_nothing_failed()?;
+    let spec = cluster.get(&["-n", "rolling", "deployment", "m"])?["spec"]["template"].to_string();
+    ensure!(spec.contains("\\\"blockSize\\\":8"), "{spec}");
+    Ok(())
+}
+
+fn an_update_that_cannot_work(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("broken")?;
+    space.model("m", &json!({}))?;
+    space.wait_until_ready("m")?;
+    for (spec, reason, word) in [
+        (json!({"source": {"uri": "file://absent.gguf"}}), "SourceUnreachable", "absent.gguf"),
+        (
+            json!({"source": {"uri": crate::cluster::SMALL}, "engine": {"maxModelLen": 1_000_000}}),
+            "InvalidSpec",
+            "max-model-len",
+        ),
+    ] {
+        patch(&space, &spec)?;
+        let mut seen = None;
+        let told = cluster.wait("the reason", PATIENCE, || {
+            seen = space.condition("m", "Ready")?;
+            Ok(seen.clone().filter(|found| found.message.contains(word)))
+        });
+        let told = told.with_context(|| format!("{seen:?}"))?;
+        ensure!(told.reason == reason, "{told:?}, wanted {reason}");
+        ensure!(told.message.contains("serve on"), "{told:?}");
+        space.chat("m", "Hello").context("the old replica serves on")?;
+    }
+    patch(&space, &json!({"engine": {"maxModelLen": 1024}}))?;
+    space.wait_until_ready("m")
+}
+
+fn no_memory_for_the_surge(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("tight")?;
+    let spec = json!({"memory": "4Gi", "scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node2"}}});
+    space.model("m", &spec)?;
+    space.wait_until_ready("m")?;
+    patch(&space, &json!({"engine": {"blockSize": 8}}))?;
+    let message = space.wait_for_reason("m", "InsufficientMemory")?;
+    ensure!(message.contains("node2 0 of 4 GiB") && message.contains("maxSurge"), "{message}");
+    space.chat("m", "Hello")?;
+    patch(&space, &json!({"rollout": {"maxSurge": 0, "maxUnavailable": 1}}))?;
+    space.wait_until_ready("m")
+}
+
+fn helm_upgrade_under_load(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("upgraded")?;
+    two_replicas(&space)?;
+    let load = Load::start(&space, "m", CLIENTS, CLIENTS)?;
+    upgrade(cluster, "next")?;
+    wait_for_image(&space, "next")?;
+    cluster.helm(&["-n", SYSTEM, "rollback", "bindery"])?;
+    wait_for_image(&space, "dev")?;
+    load.finish(cluster)?.ensure_nothing_failed()
+}
+
+fn upgrade(cluster: &Cluster, tag: &str) -> Result<()> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
+    let tag = format!("image.tag={tag}");
+    cluster
+        .helm(&["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values", "--set", &tag])
+        .map(drop)
+}
+
+/// Agents first, then replicas.
+fn wait_for_image(space: &Namespace, tag: &str) -> Result<()> {
+    let cluster = space.cluster;
+    let image = format!("localhost/bindery:{tag}");
+    let is = |pods: &[Value]| {
+        let runs = |pod: &Value| pod["spec"]["containers"][0]["image"] == image.as_str();
+        let ready = |pod: &Value| {
+            let conditions = pod["status"]["conditions"].as_array();
+            let ready = |found: &Value| found["type"] == "Ready" && found["status"] == "True";
+            conditions.is_some_and(|all| all.iter().any(ready))
+        };
+        pods.len() == 2 && pods.iter().all(|pod| runs(pod) && ready(pod))
+    };
+    let agents =
+        || cluster.items(&["-n", SYSTEM, "pods", "-l", "app.kubernetes.io/component=node-cpu"]);
+    cluster.wait("agents run the image", PATIENCE * 2, || {
+        let done = is(&agents()?);
+        let image = cluster.get(&["-n", space.name, "deployment", "m"])?;
+        let moved = image["spec"]["template"]["spec"]["containers"][0]["image"].to_string();
+        // Replicas move later: seen together, the agents must have been done.
+        ensure!(
+            done || !moved.contains(tag) || is(&agents()?),
+            "the replicas moved before the agents"
+        );
+        Ok(done.then_some(()))
+    })?;
+    cluster
+        .wait("replicas run the image", PATIENCE * 2, || Ok(is(&space.pods("m")?).then_some(())))?;
+    space.wait_until_ready("m")
+}

@@ -69,7 +69,8 @@ pub struct InferenceModelSpec {
         "isQuantity(string(self)) && quantity(string(self)).isInteger() && quantity(string(self)).asInteger() > 0 && quantity(string(self)).asInteger() % 1073741824 == 0"
     ).message("memory is granted in whole GiB: write it as 24Gi"))]
     pub memory: Bytes,
-    /// Replicas that are wanted. Absent means 1; `kubectl scale` and autoscalers need it to be stated once.
+    /// Replicas that are wanted. Absent means 1. Autoscalers read the number and need it stated once;
+    /// `kubectl scale --replicas` states it.
     #[schemars(range(min = 0, max = 10_000))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<i32>,

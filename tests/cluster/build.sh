@@ -22,18 +22,20 @@ done
 if [ -n "$missing" ]; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
         echo "missing:$missing. On Debian or Ubuntu, as root: apt-get install --no-install-recommends $packages" >&2
-        exit 1
+        exit 3
     fi
     # Their services must not start here: each node runs its own containerd.
     export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
     # shellcheck disable=SC2086
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >&2
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >&2 ||
+        { echo "missing:$missing, and apt-get cannot install $packages" >&2; exit 3; }
 fi
 
-# Runs `build_$1 FOLDER` unless its result is there; $2... are the files that it depends on, beside this one.
+# Runs `build_$1 FOLDER` unless its result is there; $2... are the files that it depends on, beside that function.
 make_once() {
     name=$1; shift
-    key=$(cat "$here/build.sh" "$@" | sha256sum | cut -c 1-16)
+    # How it is built and from what.
+    key=$({ sed -n "/^build_$name()/,/^$/p" "$here/build.sh"; cat "$@"; } | sha256sum | cut -c 1-16)
     made=$cache/$name-$key
     if [ ! -e "$made" ]; then
         echo "building $name (once; some minutes where it is large)" >&2

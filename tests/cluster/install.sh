@@ -41,8 +41,8 @@ program in ""
     --set image.tag=dev --set cpuNodes.enabled=true --set cpuNodes.memory=4Gi --set cpuNodes.cpu=100m \
     --set gpuNodes.enabled=false ${HELM_ARGS:-} >"$state/helm.log"
 "$state/kubectl" --namespace bindery-system rollout status deployment/bindery-operator --timeout=60s >/dev/null
-"$state/kubectl" --namespace bindery-system rollout status daemonset/bindery-node-cpu --timeout=60s >/dev/null
 echo "the operator is Ready $(($(date +%s) - begun)) s after the start"
+"$state/kubectl" --namespace bindery-system rollout status daemonset/bindery-node-cpu --timeout=60s >/dev/null
 short=$(realpath --relative-to="$PWD" "$state")
 cat <<TRY
 

@@ -6,12 +6,14 @@ mod deletion;
 mod devices;
 mod failures;
 mod hostile;
+mod hub;
 mod killed;
 mod load;
 mod nodes;
 mod operators;
 mod rollout;
 mod serving;
+mod stages;
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -44,9 +46,11 @@ fn main() -> Result<()> {
     let cluster = Arc::new(Cluster::new(state.into())?);
     let tests = [
         serving::TESTS,
+        stages::TESTS,
         operators::TESTS,
         killed::TESTS,
         hostile::TESTS,
+        hub::TESTS,
         devices::TESTS,
         rollout::TESTS,
         failures::TESTS,

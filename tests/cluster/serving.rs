@@ -88,9 +88,12 @@ fn what_people_type_first_helps_them(cluster: &Cluster) -> Result<()> {
     // What is said where `replicas` was never stated: the scale subresource has nothing to read.
     space.model("m", &json!({}))?;
     space.wait_until_ready("m")?;
-    let scaled = space.kubectl(&["scale", "imodel/m", "--replicas=2"]);
-    let words = scaled.err().map(|error| error.to_string()).unwrap_or_default();
-    ensure!(words.is_empty() || words.contains("replicas"), "{words}");
+    let scale = "/apis/bindery.dev/v1alpha1/namespaces/words/inferencemodels/m/scale";
+    let read = cluster.kubectl(&["get", "--raw", scale]).err().context("it was never stated")?;
+    ensure!(read.to_string().contains("\".spec.replicas\" does not exist"), "{read}");
+    let scaled = space.kubectl(&["scale", "imodel/m", "--replicas=2"])?;
+    ensure!(scaled.trim() == "inferencemodel.bindery.dev/m scaled", "{scaled}");
+    cluster.kubectl(&["get", "--raw", scale])?;
     space.kubectl(&[
         "wait",
         "--for=jsonpath={.status.readyReplicas}=2",

@@ -4,12 +4,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncWriteExt, copy_bidirectional};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::{Phase, Shared};
+use super::{Phase, Shared, splice};
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS: usize = 4096;
@@ -89,7 +89,7 @@ async fn forward(mut client: TcpStream, engine: Option<&std::path::Path>) {
         None => None,
     };
     match engine {
-        Some(mut engine) => drop(copy_bidirectional(&mut client, &mut engine).await),
+        Some(engine) => drop(splice::pass(&client, &engine).await),
         None => drop(client.write_all(UNAVAILABLE).await),
     }
 }

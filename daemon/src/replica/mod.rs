@@ -4,6 +4,7 @@
 mod claiming;
 mod forward;
 mod health;
+mod splice;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};

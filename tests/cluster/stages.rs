@@ -1,0 +1,114 @@
+//! What the time from `kubectl apply` to the first token is made of, on a warm node. Printed, never asserted.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::cluster::{Cluster, Namespace, PATIENCE, WHOLE};
+
+pub(crate) const TESTS: &[Test] =
+    &[("from_apply_to_the_first_token_stage_by_stage", from_apply_to_the_first_token)];
+
+const PORT: u16 = 18_300;
+const ROUNDS: usize = 3;
+
+struct Proxy(Child);
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A stage is over when this first holds.
+type Stage = (&'static str, fn(&Namespace, &Seen) -> bool);
+
+/// What the API server and the replica say.
+struct Seen {
+    deployment: Value,
+    pod: Value,
+    state: String,
+}
+
+const STAGES: [Stage; 6] = [
+    ("operator: Deployment written", |_, seen| seen.deployment["metadata"]["uid"].is_string()),
+    ("Kubernetes: Pod made and bound", |_, seen| seen.pod["spec"]["nodeName"].is_string()),
+    ("Kubernetes: container runs", |_, seen| !seen.state.is_empty()),
+    ("agent: engine loads", |_, seen| {
+        ["Loading", "AllReplicas"].iter().any(|word| seen.state.contains(word))
+    }),
+    ("engine: model loaded", |_, seen| seen.state.contains("AllReplicasReady")),
+    ("Kubernetes: first token by the Service", |space, _| space.chat("m", "Hello").is_ok()),
+];
+
+fn from_apply_to_the_first_token(cluster: &Cluster) -> Result<()> {
+    let _proxy = Proxy(
+        Command::new(cluster.program("kubectl")?)
+            .env("KUBECONFIG", cluster.state.join("pki/admin.conf"))
+            .args(["proxy", "--port", &PORT.to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?,
+    );
+    let space = cluster.namespace("staged")?;
+    let mut sums = [Duration::ZERO; STAGES.len()];
+    for _ in 0..ROUNDS {
+        for (sum, stage) in sums.iter_mut().zip(round(&space)?) {
+            *sum += stage;
+        }
+        space.kubectl(&["delete", "imodel", "m"])?;
+        cluster.wait_until("the round before is gone", || Ok(space.pods("m")?.is_empty()))?;
+    }
+    let mut total = Duration::ZERO;
+    for (sum, (name, _)) in sums.iter().zip(STAGES) {
+        let mean = *sum / u32::try_from(ROUNDS)?;
+        total += mean;
+        eprintln!("  {name:<40} {:>6.2} s", mean.as_secs_f64());
+    }
+    eprintln!("  {:<40} {:>6.2} s", "kubectl apply to the first token", total.as_secs_f64());
+    Ok(())
+}
+
+/// How long each stage took.
+fn round(space: &Namespace) -> Result<Vec<Duration>> {
+    let spec = json!({"source": {"uri": WHOLE}, "engine": {"maxModelLen": 1024}});
+    let mut since = Instant::now();
+    space.model("m", &spec)?;
+    let mut stages = Vec::new();
+    for (name, is_over) in STAGES {
+        let start = Instant::now();
+        while !look(space).is_ok_and(|seen| is_over(space, &seen)) {
+            if start.elapsed() > PATIENCE {
+                bail!("{name} does not end");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        stages.push(since.elapsed());
+        since = Instant::now();
+    }
+    Ok(stages)
+}
+
+fn look(space: &Namespace) -> Result<Seen> {
+    let get = |path: &str| -> Result<Value> {
+        let (_, text) = space.cluster.http_get(&format!("http://127.0.0.1:{PORT}{path}"))?;
+        serde_json::from_str(&text).context("the API server's JSON")
+    };
+    let name = space.name;
+    let deployment = get(&format!("/apis/apps/v1/namespaces/{name}/deployments/m"))?;
+    let pods = get(&format!("/api/v1/namespaces/{name}/pods?labelSelector=bindery.dev/model%3Dm"))?;
+    let pod = pods["items"][0].clone();
+    let state = match pod["status"]["podIP"].as_str() {
+        Some(ip) => space
+            .cluster
+            .http_get(&format!("http://{ip}:8001/state"))
+            .map(|said| said.1)
+            .unwrap_or_default(),
+        None => String::new(),
+    };
+    Ok(Seen { deployment, pod, state })
+}

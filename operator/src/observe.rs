@@ -278,7 +278,8 @@ fn nodes(model: &InferenceModel, stores: &Stores) -> Vec<NodeSeen> {
             let name = node.name_any();
             Some(NodeSeen {
                 granted_gib: granted.get(&name).copied().unwrap_or(0),
-                lends_gib: allocatable.0.parse().ok()?,
+                // One whose agent is gone lends nothing, but is still listed with 0.
+                lends_gib: allocatable.0.parse().ok().filter(|gib| *gib > 0)?,
                 name,
             })
         })

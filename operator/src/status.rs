@@ -190,6 +190,10 @@ fn unscheduled(model: &InferenceModel, observed: &Observed, message: &str) -> Ca
         };
         return Cause { reason: Reason::Progressing, message: format!("{lacking}{message}") };
     }
+    if observed.nodes.is_empty() {
+        let message = format!("asked {}, no matching node lends {resource}", model.spec.memory);
+        return Cause { reason: Reason::InsufficientMemory, message };
+    }
     let mut free: Vec<_> = observed
         .nodes
         .iter()

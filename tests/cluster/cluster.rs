@@ -10,12 +10,15 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 /// How long anything may take on a slow machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 const LOOK: Duration = Duration::from_millis(100);
 pub(crate) const SYSTEM: &str = "bindery-system";
 /// The whole model, and one of its layers alone, below the model folder of every node.
 pub(crate) const WHOLE: &str = "file://SmolLM2-135M-Instruct.Q4_1.gguf";
 pub(crate) const SMALL: &str = "file://small.gguf";
+
+/// The label of the tests' namespaces.
+const OURS: &str = "bindery.dev/test=true";
 
 /// A cluster that runs.
 #[derive(Debug)]
@@ -30,7 +33,10 @@ impl Cluster {
         let state = state.canonicalize()?;
         let runtime = tokio::runtime::Runtime::new()?;
         let http = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build()?;
-        Ok(Self { state, runtime, http })
+        let cluster = Self { state, runtime, http };
+        // Of a run that was broken off.
+        cluster.kubectl(&["delete", "namespace", "-l", OURS, "--timeout=120s"])?;
+        Ok(cluster)
     }
 
     /// Runs one of the small programs that `make cluster-up` leaves.
@@ -107,7 +113,7 @@ impl Cluster {
         })?;
         self.kubectl(&["create", "namespace", name])?;
         let restricted = "pod-security.kubernetes.io/enforce=restricted";
-        self.kubectl(&["label", "namespace", name, restricted])?;
+        self.kubectl(&["label", "namespace", name, restricted, OURS])?;
         Ok(Namespace { cluster: self, name })
     }
 
@@ -350,8 +356,12 @@ impl Namespace<'_> {
 
     /// One chat through the Service; the answer's text.
     pub(crate) fn chat(&self, model: &str, question: &str) -> Result<String> {
+        self.ask(model, question, 24)
+    }
+
+    pub(crate) fn ask(&self, model: &str, question: &str, max_tokens: u32) -> Result<String> {
         let body = json!({
-            "model": model, "temperature": 0, "max_tokens": 24,
+            "model": model, "temperature": 0, "max_tokens": max_tokens,
             "messages": [{"role": "user", "content": question}],
         });
         let url = format!("{}/v1/chat/completions", self.service(model)?);
@@ -367,7 +377,7 @@ impl Namespace<'_> {
 pub(crate) fn model(name: &str, spec: &Value) -> Value {
     let mut whole = json!({
         "source": {"uri": SMALL}, "device": "cpu", "memory": "1Gi", "engine": {"maxModelLen": 2048},
-        "rollout": {"drainSeconds": 60},
+        "rollout": {"drainSeconds": 120},
     });
     for (key, value) in spec.as_object().into_iter().flatten() {
         whole[key] = value.clone();

@@ -138,7 +138,7 @@ const WRONG: &[(&str, &str, &str, &str)] = &[
     (
         "gpu",
         r#"{"device": "gpu"}"#,
-        "Progressing",
+        "InsufficientMemory",
         "no matching node lends bindery.dev/gpu-memory-gib",
     ),
     ("class", r#"{"scheduling": {"priorityClassName": "absent"}}"#, "ApplyFailed", "absent"),

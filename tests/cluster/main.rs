@@ -64,7 +64,9 @@ fn main() -> Result<()> {
             let done = test(&cluster);
             eprintln!("  {:.1} s", start.elapsed().as_secs_f64());
             done.map_err(|error| {
-                Failed::from(format!("{error:#}\n{}", cluster.picture().unwrap_or_default()))
+                // At once, and with the rest at the end.
+                eprintln!("  {error:#}\n{}", cluster.picture().unwrap_or_default());
+                Failed::from(format!("{error:#}"))
             })
         })
     };

@@ -42,7 +42,7 @@ const STAGES: [Stage; 6] = [
         ["Loading", "AllReplicas"].iter().any(|word| seen.state.contains(word))
     }),
     ("engine: model loaded", |_, seen| seen.state.contains("AllReplicasReady")),
-    ("Kubernetes: first token by the Service", |space, _| space.chat("m", "Hello").is_ok()),
+    ("Kubernetes: first token by the Service", |space, _| space.ask("m", "Hello", 1).is_ok()),
 ];
 
 fn from_apply_to_the_first_token(cluster: &Cluster) -> Result<()> {

@@ -137,16 +137,23 @@ impl Weights {
         }
         let alone = self.one_of(&claim.model);
         let alone = alone.lock().await;
-        let path = match claim.model.parse() {
-            Ok(Location::Hub(model)) => self.hub_model(&model, claim, report).await?,
+        let fetched = match claim.model.parse() {
+            Ok(Location::Hub(model)) => {
+                // Held before it is filled: making room for it must not take it away.
+                let held = self.cache.hold(&hf::folder(&self.hub.cache, &model));
+                Fetched { path: self.hub_model(&model, claim, report).await?, _held: held }
+            }
             Ok(Location::Path(_)) => {
                 return Err(WeightsError::Unsupported { uri: claim.model.clone() });
             }
-            Err(_) => self.one_object(claim, report).await?,
+            Err(_) => {
+                let path = self.one_object(claim, report).await?;
+                let held = self.cache.hold(&path);
+                Fetched { path, _held: held }
+            }
         };
-        let held = self.cache.hold(&path);
         drop(alone);
-        Ok(Fetched { path, _held: held })
+        Ok(fetched)
     }
 
     /// The lock of an address.

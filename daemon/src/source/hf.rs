@@ -127,6 +127,11 @@ struct Cache {
     root: PathBuf,
 }
 
+/// What belongs to a model in the hub's cache.
+pub fn folder(cache: &Path, model: &HubModel) -> PathBuf {
+    cache.join(format!("models--{}--{}", model.org, model.name))
+}
+
 /// Brings a model to disk and gives the path to load: a folder, or a GGUF file (the first part of a split one).
 /// `report` is called as bytes arrive.
 ///
@@ -302,7 +307,7 @@ fn chain(error: &reqwest::Error) -> String {
 
 impl Cache {
     fn new(config: &HubConfig, model: &HubModel) -> Self {
-        Self { root: config.cache.join(format!("models--{}--{}", model.org, model.name)) }
+        Self { root: folder(&config.cache, model) }
     }
 
     fn blob(&self, file: &HubFile) -> PathBuf {

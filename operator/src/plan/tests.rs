@@ -109,6 +109,7 @@ fn missing_memory_is_told_with_figures() {
         ..pod("a")
     };
     let mut observed = seen(vec![lacking], deployment(1, 1, 0));
+    assert!(verdict(&observed).2.contains("no matching node lends bindery.dev/cpu-memory-gib"));
     observed.nodes = vec![
         NodeSeen { name: "n1".into(), lends_gib: 4, granted_gib: 3 },
         NodeSeen { name: "n2".into(), lends_gib: 8, granted_gib: 8 },

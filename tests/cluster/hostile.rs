@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -208,13 +207,14 @@ fn engines_are_confined(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// The socket of the only grant of a node.
-fn socket(cluster: &Cluster, node: &str) -> Result<PathBuf> {
+/// The folder of the only grant of a node, by a way that is short enough for a socket's name.
+fn grant(cluster: &Cluster, node: &str) -> Result<tempfile::TempDir> {
     let folder = cluster.state.join("vm").join(node).join("var/lib/bindery/sockets");
     let grants: Vec<_> = std::fs::read_dir(folder)?.flatten().collect();
     ensure!(grants.len() == 1, "{} grants", grants.len());
-    // Sockets have short names; the way to them through /proc is short too.
-    Ok(grants[0].path().join("claim.sock"))
+    let short = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(grants[0].path(), short.path().join("grant"))?;
+    Ok(short)
 }
 
 fn hostile_clients_harm_no_other(cluster: &Cluster) -> Result<()> {
@@ -228,14 +228,14 @@ fn hostile_clients_harm_no_other(cluster: &Cluster) -> Result<()> {
         space.wait_until_ready(name)?;
     }
     // A second model on the node of the attacked grant.
-    let path = socket(cluster, "node1")?;
+    let grant = grant(cluster, "node1")?;
     space.model(
         "beside",
         &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}),
     )?;
     space.wait_until_ready("beside")?;
     let load = Load::start(&space, "beside", 2, 4)?;
-    let attacked = attack(&path);
+    let attacked = attack(&grant.path().join("grant/claim.sock"));
     let tally = load.finish(cluster)?;
     attacked?;
     tally.ensure_nothing_failed()?;

@@ -124,7 +124,9 @@ fn a_rollout_without_free_memory_says_what_to_set() {
     let lacking =
         PodSeen { unscheduled: Some("Insufficient bindery.dev/cpu-memory-gib".into()), ..pod("a") };
     let old = PodSeen { template: "old".into(), ..ready("old") };
-    let (_, _, message, _) = verdict(&seen(vec![lacking, old], deployment(2, 1, 1)));
+    let mut observed = seen(vec![lacking, old], deployment(2, 1, 1));
+    observed.nodes = vec![NodeSeen { name: "n1".into(), lends_gib: 2, granted_gib: 2 }];
+    let (_, _, message, _) = verdict(&observed);
     assert!(message.contains("rollout.maxSurge to 0"), "{message}");
 }
 

@@ -14,6 +14,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("nothing_is_written_in_a_steady_state", nothing_is_written_in_a_steady_state),
     ("the_chart_is_what_the_api_server_takes", the_chart_is_what_the_api_server_takes),
     ("the_operator_may_do_what_the_readme_lists_and_no_more", the_operator_may_do_no_more),
+    ("people_have_their_usual_roles", people_have_their_usual_roles),
 ];
 
 /// The Pod that holds the lease.
@@ -137,6 +138,27 @@ fn the_operator_may_do_no_more(cluster: &Cluster) -> Result<()> {
         ["get", "configmaps"],
     ] {
         ensure!(!may(&words), "it may {words:?}");
+    }
+    Ok(())
+}
+
+fn people_have_their_usual_roles(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("people")?;
+    for (role, verb, may) in [
+        ("view", "get", true),
+        ("view", "create", false),
+        ("edit", "create", true),
+        ("edit", "delete", true),
+    ] {
+        let name = format!("{role}-{verb}");
+        space.kubectl(&["create", "serviceaccount", &name])?;
+        let account = format!("--serviceaccount=people:{name}");
+        let role = format!("--clusterrole={role}");
+        space.kubectl(&["create", "rolebinding", &name, &role, &account])?;
+        let person = format!("--as=system:serviceaccount:people:{name}");
+        let said = space.kubectl(&["auth", "can-i", verb, "inferencemodels.bindery.dev", &person]);
+        let allowed = said.is_ok_and(|said| said.trim() == "yes");
+        ensure!(allowed == may, "{role} {verb}: {allowed}, wanted {may}");
     }
     Ok(())
 }

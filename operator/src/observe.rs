@@ -168,11 +168,12 @@ pub fn image_of(deployment: &Deployment) -> Option<&str> {
 /// The agents run the image, and few other models are on their way to it.
 fn may_move(own: Option<&Deployment>, stores: &Stores, image: &str, now: Timestamp) -> bool {
     let moved = own.and_then(image_of).is_none_or(|own| own == image);
-    let agents = stores.agents.as_ref().map(Store::state).unwrap_or_default();
+    let agents = stores.agents.as_ref().map(Store::state);
+    // Where agents are named, none found is not all of them done.
+    let follow = agents
+        .is_none_or(|found| !found.is_empty() && found.iter().all(|agents| is_done(agents, image)));
     let moving = |found: &&Arc<Deployment>| is_moving(found, image, now);
-    moved
-        || (agents.iter().all(|agent| is_done(agent, image))
-            && stores.deployments.state().iter().filter(moving).count() < MOVES)
+    moved || (follow && stores.deployments.state().iter().filter(moving).count() < MOVES)
 }
 
 /// All Pods of the DaemonSet run `image` and are available.

@@ -16,7 +16,8 @@ fn a_namespace_with_models_is_deleted(cluster: &Cluster) -> Result<()> {
     space.model("one", &json!({}))?;
     space.model("two", &json!({"source": {"uri": "file://absent.gguf"}}))?;
     space.wait_until_ready("one")?;
-    cluster.kubectl(&["delete", "namespace", "dropped", "--timeout=60s"])?;
+    // Kubernetes deletes a namespace's Pods first and looks again after half their grace period: 68 s for ours of 135 s.
+    cluster.kubectl(&["delete", "namespace", "dropped", "--timeout=150s"])?;
     cluster.wait_until_empty()
 }
 

@@ -129,19 +129,16 @@ fn wait_for_image(space: &Namespace, tag: &str) -> Result<()> {
         };
         pods.len() == 2 && pods.iter().all(|pod| runs(pod) && ready(pod))
     };
-    let agents =
-        || cluster.items(&["-n", SYSTEM, "pods", "-l", "app.kubernetes.io/component=node-cpu"]);
+    let agents = ["-n", SYSTEM, "pods", "-l", "app.kubernetes.io/component=node-cpu"];
+    let mut early = false;
     cluster.wait("agents run the image", PATIENCE * 2, || {
-        let done = is(&agents()?);
-        let image = cluster.get(&["-n", space.name, "deployment", "m"])?;
-        let moved = image["spec"]["template"]["spec"]["containers"][0]["image"].to_string();
-        // Replicas move later: seen together, the agents must have been done.
-        ensure!(
-            done || !moved.contains(tag) || is(&agents()?),
-            "the replicas moved before the agents"
-        );
+        let replicas = cluster.get(&["-n", space.name, "deployment", "m"])?;
+        let done = is(&cluster.items(&agents)?);
+        // Read before the agents were: whoever moved by then moved too early.
+        early |= !done && replicas["spec"]["template"].to_string().contains(&image);
         Ok(done.then_some(()))
     })?;
+    ensure!(!early, "the replicas moved before the agents");
     cluster
         .wait("replicas run the image", PATIENCE * 2, || Ok(is(&space.pods("m")?).then_some(())))?;
     space.wait_until_ready("m")

@@ -236,13 +236,17 @@ impl Agent {
         Ok(Running { agent: Arc::clone(self), id: id.clone(), place })
     }
 
-    /// Ends the grants that the kubelet does not list any more.
+    /// Ends the grants that the kubelet does not list any more. Nobody waits for the engine of one that no Pod holds.
     pub fn compare(&self, listed: &BTreeSet<Unit>, now: Instant) {
         let over = self.change(|state| {
             let mut over = Vec::new();
             for (id, units) in state.ledger.grants() {
                 let Some(known) = state.known.get_mut(id) else { continue };
-                known.see(!units.is_disjoint(listed), now);
+                let is_held = !units.is_disjoint(listed);
+                known.see(is_held, now);
+                if !is_held && let Some((_, ids)) = &mut state.awaited {
+                    ids.remove(id);
+                }
                 if known.is_over(now) {
                     over.push(id.clone());
                 }
@@ -404,5 +408,26 @@ pub(super) mod tests {
         agent.settled(&id);
         assert!(agent.has_returned());
         assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 3);
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_came_back_waits_only_for_grants_that_a_pod_holds() {
+        let root = tempfile::tempdir().unwrap();
+        {
+            let (agent, _listeners) = agent(root.path(), "true");
+            agent.allocate(units(0..2)).unwrap();
+            agent.allocate(units(2..4)).unwrap();
+        }
+        let (agent, _listeners) = agent(root.path(), "true");
+        agent.restore().unwrap();
+        let held = agent.read(|ledger| {
+            let (id, units) = ledger.grants().next().unwrap();
+            (id.clone(), units.clone())
+        });
+        agent.compare(&held.1, Instant::now());
+        assert!(!agent.has_returned());
+        agent.settled(&held.0);
+        assert!(agent.has_returned(), "the other one's Pod went while no agent was there");
+        assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 4, "but its memory waits");
     }
 }

@@ -53,7 +53,7 @@ bench: tools ## Run the load generator against a server that runs (BENCH_ARGS=".
 bench-hop: tools ## What the replica between a client and its engine costs, side by side
 	$(CARGO) build --release --locked --workspace --bins
 	@model=$$($(PYTHON) tests/fetch_model.py) && $(PYTHON) tests/cluster/small_model.py "$$model" target/small.gguf 2
-	$(CARGO) bench --locked --package tests --bench hop -- $(abspath target/small.gguf)
+	$(CARGO) bench --locked --workspace --bench hop -- $(abspath target/small.gguf)
 
 bench-operator: tools ## A thousand models and five thousand Pods on a real API server (as root; needs Go)
 	@sh tests/cluster/bench_operator.sh $(CLUSTER)

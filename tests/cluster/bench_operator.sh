@@ -15,4 +15,4 @@ kubectl_ apply -f "$root/charts/bindery/templates/crds.yaml" >/dev/null
 kubectl_ create namespace bench >/dev/null
 cd "$root"
 BINDERY_BENCH_OPERATOR=1 KUBECONFIG="$pki/admin.conf" \
-    nsenter -t "$(cat "$vm/cp/pid")" --net -- cargo bench --locked --package operator --bench scale
+    nsenter -t "$(cat "$vm/cp/pid")" --net -- cargo bench --locked --workspace --bench scale

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use crds::InferenceModel;
-use futures_util::stream::{BoxStream, select_all};
+use futures_util::future::join_all;
+use futures_util::stream::{BoxStream, select, select_all};
 use futures_util::{Stream, StreamExt};
-use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::core::v1::{Container, Node, Pod, PodSpec, PodTemplateSpec};
 use kube::api::Api;
 use kube::runtime::controller::{Config as ControllerConfig, Controller};
 use kube::runtime::events::{Recorder, Reporter};
@@ -19,6 +21,7 @@ use kube::{Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 use crate::admin;
 use crate::apply::{Applier, MANAGER};
@@ -26,7 +29,8 @@ use crate::config::Config;
 use crate::desired::MODEL_LABEL;
 use crate::lease::Lease;
 use crate::metrics::Metrics;
-use crate::observe::Stores;
+use crate::observe::{Shared, Stores};
+use crate::pods::{Pods, Writer};
 use crate::reconcile::{Context, Failures, Teller, after_error, reconcile};
 
 /// Models that are reconciled at once.
@@ -90,9 +94,29 @@ async fn live(config: Config) -> Result<()> {
     }
 }
 
-/// Reconciles for as long as it is polled.
+/// Reconciles for as long as it is polled. Each namespace has its watches and its controller: a watch that lists anew
+/// replaces what its store has, so that no two may share one.
 async fn work(client: Client, config: Config, metrics: Metrics) {
-    let (stores, triggers) = watch_all(&client, &config);
+    let (shared, followed) = shared(&client, &config);
+    let namespaces = match config.namespaces.as_slice() {
+        [] => vec![None],
+        some => some.iter().cloned().map(Some).collect(),
+    };
+    let controls = namespaces
+        .into_iter()
+        .map(|namespace| control(&client, &config, &metrics, namespace, shared.clone()));
+    tokio::join!(join_all(controls), followed.for_each(|()| std::future::ready(())));
+}
+
+async fn control(
+    client: &Client,
+    config: &Config,
+    metrics: &Metrics,
+    namespace: Option<String>,
+    shared: Shared,
+) {
+    let scope = Scope { client, namespace };
+    let (stores, triggers) = scope.watch_all(shared);
     let http = reqwest::Client::builder().no_proxy().build().unwrap_or_default();
     let reporter = Reporter { controller: MANAGER.into(), instance: Some(config.own_name.clone()) };
     let context = Arc::new(Context {
@@ -105,10 +129,11 @@ async fn work(client: Client, config: Config, metrics: Metrics) {
         failures: Failures::default(),
     });
     let (models, writer) = reflector::store::<InferenceModel>();
-    let watched = of_namespaces::<InferenceModel>(&client, &config)
-        .into_iter()
-        .map(|api| watcher(api, watcher::Config::default()).default_backoff().boxed());
-    let changed = select_all(watched).reflect(writer).touched_objects();
+    let changed = watcher(scope.api(), watcher::Config::default())
+        .default_backoff()
+        .modify(|model: &mut InferenceModel| model.managed_fields_mut().clear())
+        .reflect(writer)
+        .touched_objects();
     metrics.watch(models.clone());
     let controller = Controller::for_stream(changed, models)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
@@ -116,92 +141,93 @@ async fn work(client: Client, config: Config, metrics: Metrics) {
     controller.run(reconcile, after_error, context).for_each(|_| std::future::ready(())).await;
 }
 
-/// One interface for each namespace that is looked at.
-fn of_namespaces<K>(client: &Client, config: &Config) -> Vec<Api<K>>
-where
-    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
-{
-    if config.namespaces.is_empty() {
-        return vec![Api::all(client.clone())];
-    }
-    config.namespaces.iter().map(|name| Api::namespaced(client.clone(), name)).collect()
-}
-
-/// Watches everything that a plan looks at. A child or Pod that changes wakes its model.
-fn watch_all(
-    client: &Client,
-    config: &Config,
-) -> (Stores, impl Stream<Item = ObjectRef<InferenceModel>> + Send + use<>) {
-    let mut wakes = Vec::new();
-    let stores = Stores {
-        deployments: children(client, config, &mut wakes),
-        services: children(client, config, &mut wakes),
-        disruption_budgets: children(client, config, &mut wakes),
-        network_policies: children(client, config, &mut wakes),
-        pods: pods(client, config, &mut wakes),
-        nodes: nodes(client, &mut wakes),
-        agents: config
-            .node_agents
-            .as_deref()
-            .map(|labels| agents(client, config, labels, &mut wakes)),
-        begun: Arc::default(),
-    };
-    (stores, select_all(wakes))
+/// One namespace, or all of them.
+struct Scope<'a> {
+    client: &'a Client,
+    namespace: Option<String>,
 }
 
 type Wakes = Vec<BoxStream<'static, ObjectRef<InferenceModel>>>;
 
-fn children<K>(client: &Client, config: &Config, wakes: &mut Wakes) -> Store<K>
-where
-    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
-        + Clone
-        + Debug
-        + DeserializeOwned
-        + Send
-        + Sync
-        + 'static,
-{
-    watch_ours(client, config, wakes, |child: &mut K| child.managed_fields_mut().clear())
-}
-
-/// Pods without what no plan reads: they are the most of what is kept.
-fn pods(client: &Client, config: &Config, wakes: &mut Wakes) -> Store<Pod> {
-    watch_ours(client, config, wakes, |pod: &mut Pod| {
-        pod.managed_fields_mut().clear();
-        pod.annotations_mut().clear();
-        if let Some(spec) = &mut pod.spec {
-            let containers =
-                spec.containers.iter().map(|container| k8s_openapi::api::core::v1::Container {
-                    resources: container.resources.clone(),
-                    ..Default::default()
-                });
-            *spec = k8s_openapi::api::core::v1::PodSpec {
-                node_name: spec.node_name.take(),
-                containers: containers.collect(),
-                ..Default::default()
-            };
+impl Scope<'_> {
+    fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        match &self.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
         }
-    })
+    }
+
+    /// Watches everything that a plan looks at. A child or Pod that changes wakes its model.
+    fn watch_all(
+        &self,
+        shared: Shared,
+    ) -> (Stores, impl Stream<Item = ObjectRef<InferenceModel>> + Send + use<>) {
+        let mut wakes = Vec::new();
+        let (begun, pods_begun) = watch::channel(false);
+        self.pods(Writer::new(shared.pods.clone(), begun), &mut wakes);
+        let stores = Stores {
+            deployments: self.children(&mut wakes, trim),
+            services: self.children(&mut wakes, |_| {}),
+            disruption_budgets: self.children(&mut wakes, |_| {}),
+            network_policies: self.children(&mut wakes, |_| {}),
+            pods_begun,
+            shared,
+            begun: Arc::default(),
+        };
+        (stores, select_all(wakes))
+    }
+
+    fn children<K>(&self, wakes: &mut Wakes, trim: fn(&mut K)) -> Store<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Send
+            + Sync
+            + 'static,
+    {
+        let (store, writer) = reflector::store();
+        let touched = watcher(self.api::<K>(), ours())
+            .default_backoff()
+            .modify(move |child| {
+                child.managed_fields_mut().clear();
+                trim(child);
+            })
+            .reflect(writer)
+            .touched_objects();
+        wakes.push(touched.filter_map(|child| std::future::ready(woken(child))).boxed());
+        store
+    }
+
+    fn pods(&self, mut writer: Writer, wakes: &mut Wakes) {
+        let events = watcher(self.api::<Pod>(), ours()).default_backoff();
+        let taken = events.inspect(move |event| {
+            if let Ok(event) = event {
+                writer.take(event);
+            }
+        });
+        let touched = taken.touched_objects();
+        wakes.push(touched.filter_map(|pod| std::future::ready(woken(pod))).boxed());
+    }
 }
 
-fn watch_ours<K>(client: &Client, config: &Config, wakes: &mut Wakes, trim: fn(&mut K)) -> Store<K>
-where
-    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
-        + Clone
-        + Debug
-        + DeserializeOwned
-        + Send
-        + Sync
-        + 'static,
-{
-    let (store, writer) = reflector::store();
-    let ours = watcher::Config::default().labels(MODEL_LABEL);
-    let watched = of_namespaces::<K>(client, config)
+fn ours() -> watcher::Config {
+    watcher::Config::default().labels(MODEL_LABEL)
+}
+
+/// Of a Deployment's template nobody reads more than the image.
+fn trim(deployment: &mut Deployment) {
+    let Some(spec) = &mut deployment.spec else { return };
+    let containers = spec.template.spec.take().map(|pod| pod.containers).unwrap_or_default();
+    let containers = containers
         .into_iter()
-        .map(|api| watcher(api, ours.clone()).default_backoff().boxed());
-    let touched = select_all(watched).modify(trim).reflect(writer).touched_objects();
-    wakes.push(touched.filter_map(|child| std::future::ready(woken(child))).boxed());
-    store
+        .map(|container| Container { image: container.image, ..Default::default() });
+    let pod = PodSpec { containers: containers.collect(), ..Default::default() };
+    spec.template = PodTemplateSpec { metadata: None, spec: Some(pod) };
 }
 
 /// The model of a child or Pod. A watch that breaks off is begun again by itself.
@@ -218,22 +244,35 @@ fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<Infe
     }
 }
 
-/// The node agents' DaemonSets wake nobody: a model that waits for them looks again by itself.
-fn agents(client: &Client, config: &Config, labels: &str, wakes: &mut Wakes) -> Store<DaemonSet> {
-    let (store, writer) = reflector::store();
-    let api = Api::<DaemonSet>::namespaced(client.clone(), &config.own_namespace);
-    let touched = watcher(api, watcher::Config::default().labels(labels))
-        .default_backoff()
-        .reflect(writer)
-        .touched_objects();
-    wakes.push(touched.filter_map(|_| std::future::ready(None)).boxed());
-    store
+/// Watches nodes and agents. They wake nobody: a model that waits for them looks again by itself.
+fn shared(client: &Client, config: &Config) -> (Shared, impl Stream<Item = ()> + Send + use<>) {
+    let (nodes, node_events) = nodes(client);
+    let (agents, agent_events) = config.node_agents.as_deref().map_or_else(
+        || (None, futures_util::stream::pending().boxed()),
+        |labels| {
+            let (store, events) = agents(client, config, labels);
+            (Some(store), events)
+        },
+    );
+    let shared = Shared { pods: Pods::default(), nodes, agents, begun: Arc::default() };
+    (shared, select(node_events, agent_events))
 }
 
-/// Nodes wake nobody: a model that waits for memory looks again by itself.
-fn nodes(client: &Client, wakes: &mut Wakes) -> Store<Node> {
+fn agents(
+    client: &Client,
+    config: &Config,
+    labels: &str,
+) -> (Store<DaemonSet>, BoxStream<'static, ()>) {
     let (store, writer) = reflector::store();
-    let touched = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
+    let api = Api::<DaemonSet>::namespaced(client.clone(), &config.own_namespace);
+    let events =
+        watcher(api, watcher::Config::default().labels(labels)).default_backoff().reflect(writer);
+    (store, events.map(drop).boxed())
+}
+
+fn nodes(client: &Client) -> (Store<Node>, BoxStream<'static, ()>) {
+    let (store, writer) = reflector::store();
+    let events = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
         .default_backoff()
         .modify(|node| {
             node.managed_fields_mut().clear();
@@ -244,8 +283,6 @@ fn nodes(client: &Client, wakes: &mut Wakes) -> Store<Node> {
                 status.volumes_in_use = None;
             }
         })
-        .reflect(writer)
-        .touched_objects();
-    wakes.push(touched.filter_map(|_| std::future::ready(None)).boxed());
-    store
+        .reflect(writer);
+    (store, events.map(drop).boxed())
 }

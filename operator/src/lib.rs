@@ -10,5 +10,6 @@ pub mod lease;
 pub mod metrics;
 pub mod observe;
 pub mod plan;
+pub mod pods;
 pub mod reconcile;
 pub mod status;

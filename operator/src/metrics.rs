@@ -18,7 +18,7 @@ pub struct Metrics {
     errors: IntCounterVec,
     models: IntGaugeVec,
     leader: IntGauge,
-    store: Arc<Mutex<Option<Store<InferenceModel>>>>,
+    stores: Arc<Mutex<Vec<Store<InferenceModel>>>>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -60,7 +60,7 @@ impl Metrics {
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(models.clone()))?;
         registry.register(Box::new(leader.clone()))?;
-        Ok(Self { registry, durations, errors, models, leader, store: Arc::default() })
+        Ok(Self { registry, durations, errors, models, leader, stores: Arc::default() })
     }
 
     pub(crate) fn reconciled(&self, result: &str, duration: Duration) {
@@ -75,9 +75,9 @@ impl Metrics {
         self.leader.set(i64::from(leads));
     }
 
-    /// Counts the models of this store when somebody asks.
+    /// Counts the models of this store, beside others', when somebody asks.
     pub(crate) fn watch(&self, store: Store<InferenceModel>) {
-        *self.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
+        self.stores.lock().unwrap_or_else(PoisonError::into_inner).push(store);
     }
 
     /// The text that Prometheus reads.
@@ -85,8 +85,8 @@ impl Metrics {
     /// # Errors
     /// When it cannot be written.
     pub fn exposition(&self) -> prometheus::Result<String> {
-        let models = self.store.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let models = models.map(|store| store.state()).unwrap_or_default();
+        let stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let models: Vec<_> = stores.iter().flat_map(Store::state).collect();
         let count = |label: &str, n: usize| {
             self.models.with_label_values(&[label]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };

@@ -7,16 +7,18 @@ use std::time::Duration;
 use crds::{InferenceModel, ReplicaState};
 use futures_util::StreamExt;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
+use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, watch};
 
-use crate::desired::{HEALTH_PORT, MODEL_LABEL, resource_of};
+use crate::desired::{HEALTH_PORT, resource_of};
+use crate::pods::{PodSeen, Pods};
 
 /// The longest that a replica may take to say how it is.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -29,19 +31,39 @@ const STUCK_SECONDS: i64 = 60;
 /// The largest answer of a replica.
 const LARGEST_STATE: u64 = 16 << 10;
 
-/// Everything that the watches keep.
+/// What the watches keep, of one namespace or of all.
 #[derive(Clone, Debug)]
 pub struct Stores {
     pub deployments: Store<Deployment>,
-    pub services: Store<Service>,
-    pub disruption_budgets: Store<PodDisruptionBudget>,
-    pub network_policies: Store<NetworkPolicy>,
-    pub pods: Store<Pod>,
+    pub services: Store<PartialObjectMeta<Service>>,
+    pub disruption_budgets: Store<PartialObjectMeta<PodDisruptionBudget>>,
+    pub network_policies: Store<PartialObjectMeta<NetworkPolicy>>,
+    pub pods_begun: watch::Receiver<bool>,
+    pub shared: Shared,
+    /// Set once every watch has begun.
+    pub begun: Arc<OnceCell<()>>,
+}
+
+/// What is the same for every namespace.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// The Pods of all namespaces that are looked at: they share the nodes.
+    pub pods: Pods,
     pub nodes: Store<Node>,
     /// The node agents, where replicas' images follow theirs.
     pub agents: Option<Store<DaemonSet>>,
-    /// Set once every watch has begun.
+    /// Set once these watches have begun.
     pub begun: Arc<OnceCell<()>>,
+}
+
+impl Shared {
+    async fn begin(&self) {
+        // A writer that is gone means that the process ends.
+        let _ = self.nodes.wait_until_ready().await;
+        if let Some(agents) = &self.agents {
+            let _ = agents.wait_until_ready().await;
+        }
+    }
 }
 
 impl Stores {
@@ -52,19 +74,15 @@ impl Stores {
     }
 
     async fn begin(&self) {
+        let mut pods_begun = self.pods_begun.clone();
         // A writer that is gone means that the process ends.
         let _ = tokio::join!(
             self.deployments.wait_until_ready(),
             self.services.wait_until_ready(),
             self.disruption_budgets.wait_until_ready(),
             self.network_policies.wait_until_ready(),
-            self.pods.wait_until_ready(),
-            self.nodes.wait_until_ready(),
-            async {
-                if let Some(agents) = &self.agents {
-                    drop(agents.wait_until_ready().await);
-                }
-            },
+            async { drop(pods_begun.wait_for(|begun| *begun).await) },
+            self.shared.begun.get_or_init(|| self.shared.begin()),
         );
     }
 }
@@ -90,26 +108,6 @@ pub enum Child {
     Service,
     DisruptionBudget,
     NetworkPolicy,
-}
-
-/// A replica Pod.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PodSeen {
-    pub name: String,
-    /// Which template it was made of.
-    pub template: String,
-    pub created: Option<Timestamp>,
-    pub ready: bool,
-    pub deleting: bool,
-    /// Ended for good, by the node and not by itself.
-    pub failed: bool,
-    /// What the scheduler says while it finds no node.
-    pub unscheduled: Option<String>,
-    /// Why its container does not run, as the kubelet says it.
-    pub waiting: Option<String>,
-    /// Its own words: of now, else the last before it ended.
-    pub state: Option<ReplicaState>,
-    pub ip: Option<String>,
 }
 
 /// A node that could lend memory of the wanted kind.
@@ -146,12 +144,7 @@ pub async fn observe(
     head(Child::Service, meta(&stores.services, &name, &namespace));
     head(Child::DisruptionBudget, meta(&stores.disruption_budgets, &name, &namespace));
     head(Child::NetworkPolicy, meta(&stores.network_policies, &name, &namespace));
-    let is_mine = |pod: &Pod| {
-        pod.namespace().as_deref() == Some(&namespace)
-            && pod.labels().get(MODEL_LABEL) == Some(&name)
-    };
-    let mut pods: Vec<_> = stores.pods.state_filter(is_mine).iter().map(|pod| seen(pod)).collect();
-    pods.sort_by(|one, other| (&other.created, &one.name).cmp(&(&one.created, &other.name)));
+    let mut pods = stores.shared.pods.of(&namespace, &name);
     ask(&mut pods, http).await;
     let nodes = nodes(model, stores);
     let now = Timestamp::now();
@@ -168,7 +161,7 @@ pub fn image_of(deployment: &Deployment) -> Option<&str> {
 /// The agents run the image, and few other models are on their way to it.
 fn may_move(own: Option<&Deployment>, stores: &Stores, image: &str, now: Timestamp) -> bool {
     let moved = own.and_then(image_of).is_none_or(|own| own == image);
-    let agents = stores.agents.as_ref().map(Store::state);
+    let agents = stores.shared.agents.as_ref().map(Store::state);
     // Where agents are named, none found is not all of them done.
     let follow = agents
         .is_none_or(|found| !found.is_empty() && found.iter().all(|agents| is_done(agents, image)));
@@ -209,37 +202,6 @@ where
     store.get(&ObjectRef::new(name).within(namespace)).map(|found| found.meta().clone())
 }
 
-fn seen(pod: &Pod) -> PodSeen {
-    let status = pod.status.clone().unwrap_or_default();
-    let condition =
-        |type_: &str| status.conditions.iter().flatten().find(|condition| condition.type_ == type_);
-    let container = status.container_statuses.iter().flatten().next();
-    let last = container.and_then(|container| {
-        let states = [container.state.as_ref(), container.last_state.as_ref()];
-        let message = states.into_iter().flatten().find_map(|state| state.terminated.as_ref())?;
-        serde_json::from_str(message.message.as_deref()?).ok()
-    });
-    let waiting =
-        container.and_then(|container| container.state.as_ref()?.waiting.as_ref()).map(|waiting| {
-            let words = [waiting.reason.clone(), waiting.message.clone()];
-            words.into_iter().flatten().collect::<Vec<_>>().join(": ")
-        });
-    PodSeen {
-        name: pod.name_any(),
-        template: pod.labels().get("pod-template-hash").cloned().unwrap_or_default(),
-        created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
-        ready: condition("Ready").is_some_and(|ready| ready.status == "True"),
-        deleting: pod.metadata.deletion_timestamp.is_some(),
-        failed: status.phase.as_deref() == Some("Failed"),
-        unscheduled: condition("PodScheduled")
-            .filter(|scheduled| scheduled.status == "False")
-            .map(|scheduled| scheduled.message.clone().unwrap_or_default()),
-        waiting,
-        state: last,
-        ip: status.pod_ip,
-    }
-}
-
 /// Asks the replicas that run and are not ready.
 async fn ask(pods: &mut [PodSeen], http: &reqwest::Client) {
     let unready = pods.iter_mut().filter(|pod| !pod.ready && !pod.deleting && !pod.failed);
@@ -269,8 +231,8 @@ fn nodes(model: &InferenceModel, stores: &Stores) -> Vec<NodeSeen> {
     let selector = &model.spec.scheduling.node_selector;
     let fits =
         |node: &Node| selector.iter().all(|(key, value)| node.labels().get(key) == Some(value));
-    let granted = granted(&resource, stores);
     let mut nodes: Vec<_> = stores
+        .shared
         .nodes
         .state_filter(fits)
         .iter()
@@ -278,7 +240,7 @@ fn nodes(model: &InferenceModel, stores: &Stores) -> Vec<NodeSeen> {
             let allocatable = node.status.as_ref()?.allocatable.as_ref()?.get(&resource)?;
             let name = node.name_any();
             Some(NodeSeen {
-                granted_gib: granted.get(&name).copied().unwrap_or(0),
+                granted_gib: stores.shared.pods.granted_gib(&resource, &name),
                 // One whose agent is gone lends nothing, but is still listed with 0.
                 lends_gib: allocatable.0.parse().ok().filter(|gib| *gib > 0)?,
                 name,
@@ -287,25 +249,4 @@ fn nodes(model: &InferenceModel, stores: &Stores) -> Vec<NodeSeen> {
         .collect();
     nodes.sort_by(|one, other| one.name.cmp(&other.name));
     nodes
-}
-
-/// GiB of a resource by node, as the scheduler counts them.
-fn granted(resource: &str, stores: &Stores) -> BTreeMap<String, i64> {
-    let mut granted = BTreeMap::new();
-    for pod in stores.pods.state() {
-        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-        let spec = pod.spec.as_ref();
-        let Some(node) = spec.and_then(|spec| spec.node_name.clone()) else { continue };
-        if matches!(phase, Some("Failed" | "Succeeded")) {
-            continue;
-        }
-        let of_container = |container: &k8s_openapi::api::core::v1::Container| {
-            let limits = container.resources.as_ref()?.limits.as_ref()?;
-            limits.get(resource)?.0.parse::<i64>().ok()
-        };
-        let gib: i64 =
-            spec.into_iter().flat_map(|spec| &spec.containers).filter_map(of_container).sum();
-        *granted.entry(node).or_default() += gib;
-    }
-    granted
 }

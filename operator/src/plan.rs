@@ -10,7 +10,8 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
 use crate::config::Config;
 use crate::desired::Children;
-use crate::observe::{Child, Observed, PodSeen, image_of};
+use crate::observe::{Child, Observed, image_of};
+use crate::pods::PodSeen;
 use crate::status;
 
 /// A replica whose grant is spread over devices is replaced after this long: while it holds its units the node's total is

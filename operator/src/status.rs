@@ -5,7 +5,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::ResourceExt;
 
 use crate::desired::{resource_of, selector};
-use crate::observe::{Observed, PodSeen};
+use crate::observe::Observed;
+use crate::pods::PodSeen;
 
 /// Nodes that a message names at most.
 const NAMED_NODES: usize = 8;

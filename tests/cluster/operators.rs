@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, SYSTEM};
+use crate::cluster::{Cluster, Namespace, SYSTEM};
 
 pub(crate) const TESTS: &[Test] = &[
     ("one_operator_leads_and_another_takes_over", one_leads_and_another_takes_over),
@@ -15,6 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("the_chart_is_what_the_api_server_takes", the_chart_is_what_the_api_server_takes),
     ("the_operator_may_do_what_the_readme_lists_and_no_more", the_operator_may_do_no_more),
     ("people_have_their_usual_roles", people_have_their_usual_roles),
+    ("of_a_list_of_namespaces_each_is_served_and_no_other", of_a_list_of_namespaces),
 ];
 
 /// The Pod that holds the lease.
@@ -160,5 +161,57 @@ fn people_have_their_usual_roles(cluster: &Cluster) -> Result<()> {
         let allowed = said.is_ok_and(|said| said.trim() == "yes");
         ensure!(allowed == may, "{role} {verb}: {allowed}, wanted {may}");
     }
+    Ok(())
+}
+
+fn of_a_list_of_namespaces(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    let spaces = [cluster.namespace("left")?, cluster.namespace("right")?];
+    let other = cluster.namespace("other")?;
+    look_at(cluster, "{left,right}")?;
+    let served = in_turn(&spaces, &other);
+    look_at(cluster, "{}")?;
+    served?;
+    other.wait_until_ready("m")
+}
+
+fn look_at(cluster: &Cluster, namespaces: &str) -> Result<()> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
+    let set = format!("operator.namespaces={namespaces}");
+    cluster.helm(&[
+        "-n",
+        SYSTEM,
+        "upgrade",
+        "bindery",
+        chart,
+        "--reuse-values",
+        "--wait",
+        "--timeout",
+        "90s",
+        "--set",
+        &set,
+    ])?;
+    let operators = "deployment/bindery-operator";
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", operators, "--timeout=90s"]).map(drop)
+}
+
+fn in_turn(spaces: &[Namespace<'_>], other: &Namespace<'_>) -> Result<()> {
+    other.model("m", &json!({}))?;
+    for space in spaces {
+        space.model("m", &json!({}))?;
+    }
+    for space in spaces {
+        space.wait_until_ready("m")?;
+    }
+    // An edit of the one that was listed first is seen as well, and counts its Pods.
+    for space in spaces {
+        let patch = json!({"spec": {"replicas": 0}}).to_string();
+        space.kubectl(&["patch", "imodel", "m", "--type=merge", "-p", &patch])?;
+        space.cluster.wait_until("it has no replica", || Ok(space.pods("m")?.is_empty()))?;
+    }
+    ensure!(
+        other.condition("m", "Ready")?.is_none(),
+        "a namespace that is not in the list was served"
+    );
     Ok(())
 }

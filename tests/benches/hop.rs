@@ -19,9 +19,8 @@ use serde_json::Value;
 const DIRECT: u16 = 18_100;
 const THROUGH: u16 = 18_101;
 const HEALTH: u16 = 18_102;
-/// Requests of a turn, and turns.
-const REQUESTS: usize = 1000;
-const TURNS: usize = 8;
+/// Requests each way.
+const REQUESTS: usize = 10_000;
 const ROUNDS: usize = 3;
 
 /// Ended with this process's own end.
@@ -139,24 +138,22 @@ async fn ready(port: u16) -> Result<()> {
     }
 }
 
-/// Sorted times of small requests on one connection.
-async fn times(port: u16) -> Result<Vec<Duration>> {
-    let mut sender = connect(port).await?;
-    let mut times = Vec::new();
+/// Times of small requests, one each way in turn, so that whatever slows the machine slows both.
+async fn times() -> Result<[Vec<Duration>; 2]> {
+    let mut senders = [connect(DIRECT).await?, connect(THROUGH).await?];
+    let mut times = [Vec::new(), Vec::new()];
     for _ in 0..REQUESTS {
-        let start = Instant::now();
-        ensure!(ask(&mut sender, "/version").await? == 200, "no version");
-        times.push(start.elapsed());
+        for (sender, times) in senders.iter_mut().zip(&mut times) {
+            let start = Instant::now();
+            ensure!(ask(sender, "/version").await? == 200, "no version");
+            times.push(start.elapsed());
+        }
     }
     Ok(times)
 }
 
 fn latency(runtime: &tokio::runtime::Runtime) -> Result<()> {
-    let (mut direct, mut through) = (Vec::new(), Vec::new());
-    for _ in 0..TURNS {
-        direct.extend(runtime.block_on(times(DIRECT))?);
-        through.extend(runtime.block_on(times(THROUGH))?);
-    }
+    let [mut direct, mut through] = runtime.block_on(times())?;
     direct.sort();
     through.sort();
     println!("{:<24}{:>12}{:>12}{:>12}", "GET /version", "direct", "replica", "added");

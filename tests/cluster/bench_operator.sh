@@ -5,7 +5,7 @@ here=$(cd "$(dirname "$0")" && pwd); root=$(cd "$here/../.." && pwd)
 mkdir -p "$1"; state=$(cd "$1" && pwd); export state
 bin=$(sh "$here/build.sh"); export bin
 export nodes=0
-(cd "$root" && cargo build --release --locked --workspace --bins)
+(cd "$root" && cargo build --release --locked --bin bindery-operator)
 sh "$here/down.sh" "$state"
 trap 'sh "$here/down.sh" "$state"' EXIT
 mkdir -p "$state/images" "$state/models"

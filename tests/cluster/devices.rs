@@ -1,15 +1,54 @@
-//! The device plugin of GPU nodes, with a fake inventory given by file: there is no GPU here.
+//! The device plugin: what the kubelet does with its units. GPU nodes have a fake inventory given by file: there is no GPU here.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::Test;
 use crate::cluster::{Cluster, PATIENCE, SYSTEM};
 
-pub(crate) const TESTS: &[Test] = &[(
-    "gpu_memory_of_a_fake_inventory_is_lent_fragmented_and_followed",
-    gpu_memory_of_a_fake_inventory,
-)];
+pub(crate) const TESTS: &[Test] = &[
+    ("units_that_a_pod_is_given_twice_are_one_grant", units_given_twice),
+    (
+        "gpu_memory_of_a_fake_inventory_is_lent_fragmented_and_followed",
+        gpu_memory_of_a_fake_inventory,
+    ),
+];
+
+/// The kubelet gives the units of an init container to the container after it, both before either starts.
+fn units_given_twice(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace("twice")?;
+    let container = |name: &str, args: &[&str]| {
+        json!({
+            "name": name, "image": "localhost/bindery:dev", "args": args,
+            "resources": {"limits": {"bindery.dev/cpu-memory-gib": "1"}},
+            "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+        })
+    };
+    let replica = ["replica", "file://small.gguf", "--served-model-name", "m", "--device", "cpu"];
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "twice"},
+        "spec": {
+            "restartPolicy": "Never", "automountServiceAccountToken": false, "terminationGracePeriodSeconds": 5,
+            "nodeSelector": {"kubernetes.io/hostname": "node1"},
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "initContainers": [container("first", &["--version"])],
+            "containers": [container("replica", &replica)],
+        },
+    });
+    cluster.apply("twice", &pod)?;
+    let mut last = String::new();
+    let ready = cluster.wait_until("its replica serves", || {
+        let pod = cluster.get(&["-n", "twice", "pod", "twice"])?;
+        last = pod["status"].to_string();
+        let ip = pod["status"]["podIP"].as_str().context("no address")?.to_owned();
+        Ok(cluster.http_get(&format!("http://{ip}:8001/readyz"))?.0 == 200)
+    });
+    ready.with_context(|| last.clone())?;
+    ensure!(cluster.ledger("node1")? == (1, 1), "{:?}", cluster.ledger("node1")?);
+    drop(space);
+    cluster.wait_until_empty()
+}
 
 const INVENTORY: &str = "/var/lib/bindery-models/gpus/gpus.yaml";
 const GIB: &str = "bindery.dev/gpu-memory-gib";

@@ -11,6 +11,8 @@ use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
     ("an_engine_is_killed", an_engine_is_killed),
+    #[cfg(target_arch = "x86_64")]
+    ("an_engine_that_eats_memory_is_ended_alone", an_engine_that_eats_memory),
     ("a_replica_is_killed", a_replica_is_killed),
     ("an_agent_is_killed_and_takes_its_engines_along", an_agent_is_killed),
     ("an_agent_restarts_in_order_and_no_stream_breaks", an_agent_restarts_in_order),
@@ -61,15 +63,53 @@ fn an_engine_is_killed(cluster: &Cluster) -> Result<()> {
     let space = serving(cluster, "killed-engine")?;
     beside(&space, || {
         ensure!(cluster.kill("node1", ENGINE)? == 1);
-        let told = cluster.wait("the reason", Duration::from_secs(20), || {
-            let pods = space.pods("one")?;
-            let last = &pods[0]["status"]["containerStatuses"][0];
-            let states = [&last["state"]["terminated"], &last["lastState"]["terminated"]];
-            let message = states.iter().find_map(|state| state["message"].as_str());
-            Ok(message.map(str::to_owned))
-        })?;
+        let told = last_words(&space, "one")?;
         ensure!(told.contains("EngineCrashed") && told.contains("SIGKILL"), "{told}");
         settled(&space)
+    })
+}
+
+/// The termination message of a model's replica.
+fn last_words(space: &Namespace, model: &str) -> Result<String> {
+    space.cluster.wait("the reason", Duration::from_secs(20), || {
+        let pods = space.pods(model)?;
+        let last = &pods[0]["status"]["containerStatuses"][0];
+        let states = [&last["state"]["terminated"], &last["lastState"]["terminated"]];
+        let message = states.iter().find_map(|state| state["message"].as_str());
+        Ok(message.map(str::to_owned))
+    })
+}
+
+/// Its neighbour on the same node, on the same device, serves on.
+#[cfg(target_arch = "x86_64")]
+fn an_engine_that_eats_memory(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace("eaten")?;
+    let on_node1 = json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}});
+    for model in ["one", "two"] {
+        space.model(model, &on_node1)?;
+    }
+    space.wait_until_ready("one")?;
+    space.wait_until_ready("two")?;
+    beside(&space, || {
+        let engines = cluster.processes("node1", ENGINE)?;
+        let serves_one = |pid: &i32| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&words).contains("--served-model-name\0one\0")
+        };
+        let hungry = engines.iter().copied().find(serves_one).context("no engine of one")?;
+        crate::eater::eat(hungry, 2 << 30)?;
+        let told = last_words(&space, "one")?;
+        ensure!(
+            told.contains("MemoryGrantExceeded") && told.contains("granted were 1073741824"),
+            "{told}"
+        );
+        let left = cluster.processes("node1", ENGINE)?;
+        ensure!(
+            engines.iter().any(|pid| *pid != hungry && left.contains(pid)),
+            "both engines ended"
+        );
+        cluster.wait_until("it answers again", || Ok(space.chat("one", "Hello").is_ok()))
     })
 }
 

@@ -4,6 +4,8 @@
 mod cluster;
 mod deletion;
 mod devices;
+#[cfg(target_arch = "x86_64")]
+mod eater;
 mod failures;
 mod hostile;
 mod hub;

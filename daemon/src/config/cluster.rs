@@ -23,9 +23,6 @@ pub(super) fn node(flags: flags::Node) -> Result<NodeConfig, ConfigError> {
         },
         None => None,
     };
-    if cpu_memory_gib.is_none() && flags.gpu_inventory.is_none() {
-        return invalid("there is nothing to lend: state --cpu-memory, such as 16Gi");
-    }
     Ok(NodeConfig {
         cpu_memory_gib,
         gpu_inventory: flags.gpu_inventory,

@@ -58,7 +58,7 @@ pub(super) struct Node {
     /// Memory to lend as bindery.dev/cpu-memory-gib, in whole GiB: 16Gi
     #[arg(long, value_name = "BYTES")]
     pub(super) cpu_memory: Option<crds::Bytes>,
-    /// File that lists GPUs (uuid, memoryGib) in place of the driver
+    /// File that lists GPUs (uuid, memoryGib) in place of the NVIDIA driver, which is asked where there is one
     #[arg(long, value_name = "FILE")]
     pub(super) gpu_inventory: Option<PathBuf>,
     /// Folder that file:// is below

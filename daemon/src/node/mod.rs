@@ -5,17 +5,17 @@ pub mod agent;
 pub mod cache;
 pub mod claims;
 pub mod engine;
+pub mod gpus;
 pub mod grants;
 pub mod kubelet;
 pub mod ledger;
 pub mod weights;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
@@ -23,6 +23,7 @@ pub use agent::LocalClients;
 
 use agent::{Agent, Parts, Phase};
 use engine::Spawner;
+use gpus::Gpus;
 use grants::Grants;
 use kubelet::Plugin;
 use ledger::{Device, Health, Ledger};
@@ -34,9 +35,7 @@ use crate::source::reach::Reach;
 
 /// What the agent advertises: the resource, and how its devices' names begin.
 const RESOURCES: [(&str, &str); 2] =
-    [("bindery.dev/cpu-memory-gib", "cpu"), ("bindery.dev/gpu-memory-gib", GPU_PREFIX)];
-/// How the driver's UUIDs begin.
-const GPU_PREFIX: &str = "GPU-";
+    [("bindery.dev/cpu-memory-gib", "cpu"), ("bindery.dev/gpu-memory-gib", gpus::PREFIX)];
 /// From the end of the last engine to the end of the agent, so that the claims' last words are read.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -61,18 +60,6 @@ pub struct NodeConfig {
     pub log: LogConfig,
 }
 
-/// One GPU of an inventory file.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct Gpu {
-    /// The driver's UUID, which begins with `GPU-`.
-    uuid: String,
-    memory_gib: u32,
-    /// Why it cannot be granted from; absent: it can.
-    #[serde(default)]
-    unhealthy: Option<String>,
-}
-
 /// How often the inventory is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -91,7 +78,8 @@ pub fn run(config: &NodeConfig) -> Result<()> {
 async fn live(config: &NodeConfig) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let devices = inventory(config)?;
+    let gpus = Gpus::find(config.gpu_inventory.as_deref())?;
+    let devices = inventory(config, &gpus)?;
     let resources = RESOURCES
         .into_iter()
         .filter(|(_, prefix)| devices.iter().any(|device| device.name.starts_with(prefix)));
@@ -108,8 +96,8 @@ async fn live(config: &NodeConfig) -> Result<()> {
         Arc::clone(&agent),
         config.kubelet_dir.join("pod-resources/kubelet.sock"),
     ));
-    if let Some(path) = &config.gpu_inventory {
-        tasks.spawn(follow(Arc::clone(&agent), path.clone()));
+    if !matches!(gpus, Gpus::None) {
+        tasks.spawn(follow(Arc::clone(&agent), gpus));
     }
     let listener = tokio::net::TcpListener::bind(config.admin).await;
     let listener = listener.with_context(|| format!("listen on {}", config.admin))?;
@@ -144,56 +132,37 @@ fn parts(config: &NodeConfig, devices: Vec<Device>) -> Result<Parts> {
 }
 
 /// What there is to lend.
-fn inventory(config: &NodeConfig) -> Result<Vec<Device>> {
+fn inventory(config: &NodeConfig, gpus: &Gpus) -> Result<Vec<Device>> {
     let cpu = config.cpu_memory_gib.map(|gib| Device {
         name: "cpu0".into(),
         gib,
         health: Health::Healthy,
     });
     let mut devices: Vec<_> = cpu.into_iter().collect();
-    if let Some(path) = &config.gpu_inventory {
-        devices.extend(gpus(path)?);
-    }
+    devices.extend(gpus.list()?);
     anyhow::ensure!(
         !devices.is_empty(),
-        "there is nothing to lend: state --cpu-memory on a node without a GPU"
+        "there is nothing to lend: no NVIDIA driver shows a GPU here, and --cpu-memory, such as 16Gi, is not stated"
     );
     Ok(devices)
 }
 
-fn gpus(path: &Path) -> Result<Vec<Device>> {
-    let shown = path.display();
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {shown}"))?;
-    let gpus: Vec<Gpu> = serde_yaml::from_str(&text)
-        .with_context(|| format!("read {shown}: wanted a list of uuid and memoryGib"))?;
-    let device = |gpu: Gpu| {
-        anyhow::ensure!(
-            gpu.uuid.starts_with("GPU-"),
-            "{shown}: wanted a uuid such as GPU-0a1b, got {:?}",
-            gpu.uuid
-        );
-        let health = match gpu.unhealthy {
-            Some(reason) => Health::Unhealthy { reason },
-            None => Health::Healthy,
-        };
-        Ok(Device { name: gpu.uuid, gib: gpu.memory_gib, health })
-    };
-    gpus.into_iter().map(device).collect()
-}
-
 /// Follows the health of the GPUs. One that has gone stays, unhealthy: its grants must be able to see it.
-async fn follow(agent: Arc<Agent>, path: PathBuf) {
+async fn follow(agent: Arc<Agent>, gpus: Gpus) {
+    let lost = Health::Unhealthy { reason: "the device is gone".into() };
     loop {
         tokio::time::sleep(LOOK).await;
-        let found = gpus(&path).unwrap_or_else(|error| {
+        let asked = gpus.clone();
+        // A driver in trouble may take its time.
+        let found = tokio::task::spawn_blocking(move || asked.list()).await;
+        let found = found.unwrap_or_else(|error| Err(error.into())).unwrap_or_else(|error| {
             tracing::warn!(error = %format!("{error:#}"), "no GPU can be seen");
             Vec::new()
         });
-        let lost = Health::Unhealthy { reason: "the device is gone".into() };
         agent.follow(|device| {
             let same = found.iter().find(|found| found.name == device);
             device
-                .starts_with(GPU_PREFIX)
+                .starts_with(gpus::PREFIX)
                 .then(|| same.map_or(&lost, |found| &found.health).clone())
         });
     }

@@ -60,8 +60,8 @@ pub struct ServeConfig {
     pub dtype: Dtype,
     pub kv_cache_dtype: KvCacheDtype,
     pub load_format: LoadFormat,
-    /// Seed of dummy weights; requests without a seed draw their own.
-    pub seed: u64,
+    /// Seed of dummy weights, and of the seeds of requests that bring none. Absent: 0, and a new one each.
+    pub seed: Option<u64>,
     /// None: every client may ask.
     pub api_keys: Vec<ApiKey>,
     pub queue: QueueConfig,
@@ -320,21 +320,7 @@ fn check(
             "MODEL is missing: a GGUF file, a folder with config.json, or hf://org/name[@revision]",
         );
     };
-    if let Some(len) = flags.max_model_len.0
-        && flags.block_size > len
-    {
-        return invalid(format!(
-            "--block-size {} is not allowed: 1 to --max-model-len ({len})",
-            flags.block_size
-        ));
-    }
-    if flags.max_num_batched_tokens.0 < flags.max_num_seqs {
-        return invalid(format!(
-            "--max-num-batched-tokens {} is not allowed: at least --max-num-seqs ({}), so that every running sequence \
-             gets a token in each step",
-            flags.max_num_batched_tokens.0, flags.max_num_seqs
-        ));
-    }
+    check_counts(&flags)?;
     Ok(ServeConfig {
         listen: listen(&flags)?,
         memory: memory(&flags)?,
@@ -373,6 +359,34 @@ fn check(
         log: LogConfig { filter: flags.log_level, format: flags.log_format },
         ignored_variables,
     })
+}
+
+/// Refuses counts that cannot be together, or that nothing could hold.
+fn check_counts(flags: &flags::Serve) -> Result<(), ConfigError> {
+    /// Places of the queue, which are taken at start.
+    const MOST_QUEUED: usize = 1 << 20;
+    if let Some(len) = flags.max_model_len.0
+        && flags.block_size > len
+    {
+        return invalid(format!(
+            "--block-size {} is not allowed: 1 to --max-model-len ({len})",
+            flags.block_size
+        ));
+    }
+    if flags.max_num_batched_tokens.0 < flags.max_num_seqs {
+        return invalid(format!(
+            "--max-num-batched-tokens {} is not allowed: at least --max-num-seqs ({}), so that every running sequence \
+             gets a token in each step",
+            flags.max_num_batched_tokens.0, flags.max_num_seqs
+        ));
+    }
+    if flags.max_num_queued_reqs.get() > MOST_QUEUED {
+        return invalid(format!(
+            "--max-num-queued-reqs {} is not allowed: 1 to {MOST_QUEUED}",
+            flags.max_num_queued_reqs
+        ));
+    }
+    Ok(())
 }
 
 fn listen(flags: &flags::Serve) -> Result<Listen, ConfigError> {

@@ -104,7 +104,13 @@ static STATE: LazyLock<ApiState> = LazyLock::new(|| {
         Capacity { max_model_len: MAX_MODEL_LEN, max_num_seqs: 64, block_size: 16, blocks: 64 };
     let longest_token = crate::api::ask::longest_token(&text);
     let handle = Handle::detached(capacity);
-    state.set_loaded(Loaded { handle, text, fingerprint: "fuzz".to_owned(), longest_token });
+    state.set_loaded(Loaded {
+        handle,
+        text,
+        fingerprint: "fuzz".to_owned(),
+        longest_token,
+        readers: Loaded::readers(),
+    });
     state
 });
 

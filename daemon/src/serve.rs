@@ -10,12 +10,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::api::server::{self, Listener, Phase, ServerOptions};
-use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded};
+use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded, Seeds};
 use crate::config::{
     ApiKey, Example, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope, ServeConfig,
     Supervision,
@@ -45,6 +46,7 @@ pub fn run(config: ServeConfig) -> Result<()> {
     for name in &config.ignored_variables {
         tracing::warn!(name, "environment variable names no flag and is ignored");
     }
+    raise_file_limit();
     // Read before the process may be confined to its own files.
     let machine = Machine::of_process();
     let agent = match config.supervision {
@@ -61,6 +63,15 @@ pub fn run(config: ServeConfig) -> Result<()> {
     // What still runs on blocking threads, such as a load that a signal overtook, is not waited for.
     runtime.shutdown_background();
     served
+}
+
+/// Lets the process have as many connections as its hard limit allows: the soft one is often below [`MAX_CONNECTIONS`].
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, ?limit, "the limit of open files stays");
+    }
 }
 
 /// Prints the memory plan of a model without loading it.
@@ -122,7 +133,7 @@ async fn serve(
     }
     let metrics =
         Arc::new(Metrics::new(&config.served_model_names[0]).context("register the metrics")?);
-    let state = Arc::new(ApiState::new(
+    let mut state = ApiState::new(
         config.served_model_names.clone(),
         config.api_keys.iter().map(|key| key.expose().to_owned()).collect(),
         ApiLimits::with_body_bytes(config.max_body_bytes.get()),
@@ -131,7 +142,9 @@ async fn serve(
             Some(PrefixCacheScope::Key) | None => CacheScope::Key,
         },
         Arc::clone(&metrics),
-    ));
+    );
+    state.seeds = Seeds::new(config.seed);
+    let state = Arc::new(state);
     let (phase, watched) = watch::channel(Phase::Serving);
     let options = ServerOptions {
         write_timeout: config.write_timeout,
@@ -149,7 +162,12 @@ async fn serve(
         agent.failed(error);
     }
     phase.send_replace(Phase::Closing);
-    drop(tokio::time::timeout(CLOSING, server).await);
+    // Answers that are computed may still be on their way to clients that read slowly.
+    let soon = Instant::now() + CLOSING;
+    let until = ended.as_ref().map_or(soon, |until| soon.max(*until));
+    if tokio::time::timeout_at(until.into(), server).await.is_err() {
+        tracing::warn!("the time to finish is over, connections are cut off");
+    }
     if let Listen::Unix(path) = &config.listen {
         // Nothing is lost when it is gone already.
         drop(std::fs::remove_file(path));
@@ -157,10 +175,10 @@ async fn serve(
     if let Some(agent) = agent {
         agent.finish();
     }
-    ended
+    ended.map(|_| ())
 }
 
-/// Loads the model, then serves until the end.
+/// Loads the model, then serves until the end. Until the time in the result connections may finish.
 #[allow(clippy::too_many_arguments, reason = "everything that a server's life is made of, once")]
 async fn live(
     config: &ServeConfig,
@@ -170,13 +188,13 @@ async fn live(
     agent: &mut Option<supervised::Agent>,
     port: u16,
     phase: &watch::Sender<Phase>,
-) -> Result<()> {
+) -> Result<Instant> {
     let reporter = agent.as_ref().map(supervised::Agent::reporter);
     let loading = load::load(config.clone(), machine, Arc::clone(&state.metrics), reporter);
     let loaded = tokio::select! {
         loaded = loading => loaded?,
-        _ = signals.next() => return Ok(()),
-        () = supervised::gone(agent, state) => return Ok(()),
+        _ = signals.next() => return Ok(Instant::now()),
+        () = supervised::gone(agent, state) => return Ok(Instant::now()),
     };
     let handle = loaded.handle.clone();
     announce(config, &loaded.plan, port, &loaded.text);
@@ -185,6 +203,7 @@ async fn live(
         longest_token: loaded.longest_token,
         text: loaded.text,
         fingerprint: loaded.fingerprint,
+        readers: Loaded::readers(),
     });
     if let Some(agent) = agent {
         agent.ready(&handle, &state.metrics, phase);
@@ -196,20 +215,21 @@ async fn live(
         _ = engine.wait_for(|state| *state == State::Stopped) => End::EngineStopped,
     };
     match end {
-        End::Signal => drain(config, &handle, state, signals, phase).await,
-        End::AgentGone => Ok(()),
+        End::Signal => Ok(drain(config, &handle, state, signals, phase).await),
+        End::AgentGone => Ok(Instant::now()),
         End::EngineStopped => bail!("the engine has stopped; its log says why"),
     }
 }
 
 /// Refuses new requests and lets the running ones finish, up to the time that is given or a second signal.
+/// Returns when that time ends.
 async fn drain(
     config: &ServeConfig,
     handle: &Handle,
     state: &ApiState,
     signals: &mut Signals,
     phase: &watch::Sender<Phase>,
-) -> Result<()> {
+) -> Instant {
     handle.drain();
     phase.send_replace(Phase::Draining);
     tracing::info!(
@@ -238,7 +258,7 @@ async fn drain(
             "the time to finish is over, running requests are dropped"
         );
     }
-    Ok(())
+    deadline
 }
 
 fn announce(config: &ServeConfig, plan: &MemoryPlan, port: u16, text: &Text) {

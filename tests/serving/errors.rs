@@ -30,6 +30,10 @@ fn bad_completions() -> Vec<(Value, u16, &'static str)> {
         ("prompt", json!([-1])),
         ("prompt", json!([1.5])),
         ("prompt", json!([null])),
+        ("prompt", json!([1, "a"])),
+        ("prompt", json!(["a", 1])),
+        ("prompt", json!([[[1]]])),
+        ("prompt", json!([{"a": 1}])),
         ("max_tokens", json!(0)),
         ("max_tokens", json!("many")),
         ("max_tokens", json!(-3)),
@@ -103,6 +107,15 @@ fn bad_combinations() -> Vec<Value> {
     let mut many = with("prompt_logprobs", json!(20));
     (many["n"], many["prompt"]) = (64.into(), "word ".repeat(200).into());
     table.push(many);
+    // 64 answers of 240 tokens, each with 21 log-probabilities.
+    let mut answers = with("logprobs", json!(20));
+    (answers["n"], answers["max_tokens"]) = (64.into(), 240.into());
+    answers["prompt"] = json!(["a", "b", "c", "d"]);
+    table.push(answers);
+    // Eight spaces are one token: few tokens, many bytes.
+    let mut echoed = with("echo", json!(true));
+    (echoed["n"], echoed["prompt"]) = (64.into(), "        word".repeat(110).into());
+    table.push(echoed);
     // More than the queue takes, however empty it is.
     table.push(with("prompt", json!(["a", "b", "c", "d", "e"])));
     table.push(with("prompt", json!(vec!["word ".repeat(60); 4])));
@@ -155,6 +168,9 @@ async fn bad_input_gets_a_4xx_with_a_stable_code_and_the_server_goes_on() -> Res
     assert_eq!(server.post("/v1/nothing", &json!({})).await?.0, 404);
     let status = reqwest::get(format!("{}/v1/completions", server.url)).await?.status();
     assert_eq!(status, 405);
+    let not_utf8 = reqwest::get(format!("{}/v1/models/%FF", server.url)).await?;
+    assert_eq!(not_utf8.status(), 404);
+    assert_eq!(not_utf8.json::<Value>().await?["error"]["code"], "model_not_found");
     for path in ["/healthz", "/metrics", "/version"] {
         let (status, answer) = server.post(path, &json!({})).await?;
         assert_eq!((status, &answer["error"]["code"]), (405, &json!("method_not_allowed")));
@@ -171,7 +187,9 @@ async fn bad_input_gets_a_4xx_with_a_stable_code_and_the_server_goes_on() -> Res
 
 async fn raw_bodies(server: &Server) -> Result<()> {
     let deep = format!("{{\"prompt\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
-    let bodies: [(Vec<u8>, u16); 7] = [
+    let values = format!("{{\"prompt\": \"x\", \"stop\": [{}0]}}", "0,".repeat(30_000));
+    let bodies: [(Vec<u8>, u16); 8] = [
+        (values.into_bytes(), 400),
         (b"{".to_vec(), 400),
         (b"[]".to_vec(), 400),
         (b"{\"prompt\": \"\xff\xfe\"}".to_vec(), 400),
@@ -202,7 +220,8 @@ async fn keys_guard_every_route_but_health_and_metrics() -> Result<()> {
         }
         .send()
     };
-    for path in ["/v1/models", "/version", "/v1/none"] {
+    // The last answers no GET, which is nobody's business without a key.
+    for path in ["/v1/models", "/version", "/v1/none", "/v1/completions"] {
         assert_eq!(get(path, None).await?.status(), 401, "{path}");
         assert_eq!(get(path, Some("wrong!")).await?.status(), 401, "{path}");
     }
@@ -213,6 +232,9 @@ async fn keys_guard_every_route_but_health_and_metrics() -> Result<()> {
     assert_eq!(server.post("/v1/completions", &completion("Hi", 2)).await?.0, 401);
     let counted = "handler=\"/v1/completions\",method=\"POST\",status=\"4xx\"";
     assert_eq!(server.metric("http_requests_total", counted).await?, 1.0);
+    assert_eq!(get("/v1/completions", Some("secret")).await?.status(), 405);
+    let counted = "handler=\"/v1/completions\",method=\"GET\",status=\"4xx\"";
+    assert_eq!(server.metric("http_requests_total", counted).await?, 3.0);
     Ok(())
 }
 

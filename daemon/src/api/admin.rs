@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -30,8 +31,9 @@ pub(crate) async fn models(State(state): State<Arc<ApiState>>) -> Json<Value> {
 
 pub(crate) async fn model(
     State(state): State<Arc<ApiState>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
+    let Path(name) = name.map_err(|refused| ApiError::UnknownModel(refused.body_text()))?;
     let name = state.served(Some(name))?;
     Ok(Json(model_card(&state, &name)))
 }
@@ -46,9 +48,9 @@ fn model_card(state: &ApiState, name: &str) -> Value {
 
 pub(crate) async fn tokenize(
     State(state): State<Arc<ApiState>>,
-    Body(body): Body,
+    Body { bytes, room: _room }: Body,
 ) -> Result<Json<Value>, ApiError> {
-    let (loaded, mut fields) = begin(&state, &body)?;
+    let (loaded, mut fields) = begin(&state, &bytes)?;
     let wants_text = fields.bool("return_token_strs", false)?;
     let tokens = match fields.string("prompt", state.limits.body_bytes)? {
         Some(prompt) => {
@@ -80,9 +82,9 @@ fn begin<'a>(state: &'a ApiState, body: &[u8]) -> Result<(&'a Loaded, Fields), A
 
 pub(crate) async fn detokenize(
     State(state): State<Arc<ApiState>>,
-    Body(body): Body,
+    Body { bytes, room: _room }: Body,
 ) -> Result<Json<Value>, ApiError> {
-    let (loaded, mut fields) = begin(&state, &body)?;
+    let (loaded, mut fields) = begin(&state, &bytes)?;
     let most = loaded.handle.capacity().max_model_len as usize;
     let tokens = fields.tokens("tokens", most, loaded.text.vocab_size())?;
     fields.ignore_rest();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::error::ApiError;
 use super::gather::{Gather, RequestView};
-use super::generation::Generation;
+use super::generation::{Delivery, Generation};
 use super::state::{ApiState, Loaded};
 use crate::engine::handle::Submitted;
 use crate::model::text::{AddSpecial, Text};
@@ -26,16 +26,22 @@ pub(crate) async fn tokenize(
     }
     let tokenizer = Arc::clone(&loaded.text);
     let encode = move || Ok(tokenizer.encode(&text, special)?);
-    off_thread(encode).await
+    off_thread(loaded, encode).await
 }
 
-/// Runs work on a thread where it holds up no connection. A panic in it is the input's failure.
+/// Runs work on one of few threads, where it holds up no connection. A panic in it is the input's failure.
 ///
 /// # Errors
 /// Those of `work`.
 pub(crate) async fn off_thread<T: Send + 'static>(
+    loaded: &Loaded,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
+    let place = Arc::clone(&loaded.readers).acquire_owned().await;
+    let work = move || {
+        let _place = place;
+        work()
+    };
     let failed = |_| ApiError::invalid("prompt", "the tokenizer failed on it");
     tokio::task::spawn_blocking(work).await.map_err(failed)?
 }
@@ -62,6 +68,7 @@ pub(crate) fn submit(
     generation: &Generation,
     requests: Vec<Request>,
 ) -> Result<Vec<Gather>, ApiError> {
+    check_answer(state, generation, &requests)?;
     let views: Vec<_> = requests.iter().map(RequestView::of).collect();
     let submitted = loaded.handle.submit(requests).map_err(|refused| {
         let error = ApiError::from(refused);
@@ -75,6 +82,28 @@ pub(crate) fn submit(
         Gather::new(submitted, view, generation, &loaded.text, &state.metrics)
     };
     Ok(submitted.into_iter().zip(&views).map(follow).collect())
+}
+
+/// Refuses answers that would hold too many log-probabilities at once.
+fn check_answer(
+    state: &ApiState,
+    generation: &Generation,
+    requests: &[Request],
+) -> Result<(), ApiError> {
+    let (Delivery::Whole, Some(top)) = (generation.delivery, generation.params.logprobs) else {
+        return Ok(());
+    };
+    let of_request =
+        |request: &Request| u64::from(request.width().get()) * u64::from(request.max_tokens.get());
+    let entries = requests.iter().map(of_request).sum::<u64>() * (u64::from(top) + 1);
+    let most = state.limits.whole_logprobs;
+    if entries > most {
+        let message = format!(
+            "the answer could hold {entries} of them, wanted at most {most}: ask for fewer tokens, or stream"
+        );
+        return Err(ApiError::invalid("logprobs", message));
+    }
+    Ok(())
 }
 
 /// Bytes of the longest token of a vocabulary: what bounds the tokens of a text from below.

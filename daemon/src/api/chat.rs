@@ -57,11 +57,12 @@ struct Ask {
 pub(crate) async fn complete(
     State(state): State<Arc<ApiState>>,
     Extension(key): Extension<ShownKey>,
-    Body(body): Body,
+    Body { bytes, room }: Body,
 ) -> Result<Response, ApiError> {
     let loaded = state.loaded()?;
-    let ask = read(&state, loaded, &key, &body).await?;
+    let ask = read(&state, loaded, &key, &bytes).await?;
     let request = ask.request(loaded)?;
+    drop((bytes, room));
     let Ask { generation, prompt, echoed } = ask;
     let writer = Chat {
         envelope: Envelope::new("chatcmpl", request.id, &generation, &state, loaded),
@@ -107,8 +108,7 @@ pub(crate) async fn request(state: &ApiState, body: &[u8]) -> Result<Request, Ap
 
 impl Ask {
     fn request(&self, loaded: &Loaded) -> Result<Request, ApiError> {
-        let default = loaded.text.sampling_defaults().max_new_tokens;
-        self.generation.request(loaded, self.prompt.clone(), 0, default)
+        self.generation.request(loaded, self.prompt.clone(), 0, None)
     }
 }
 
@@ -173,7 +173,7 @@ impl Conversation {
                 template: None,
             })?)
         };
-        let rendered = ask::off_thread(render).await?;
+        let rendered = ask::off_thread(loaded, render).await?;
         ask::check_prompt(ask::tokenize(loaded, rendered, special).await?)
     }
 }

@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::fields::{Fields, token_ids, wrong};
 use super::gather::{Answer, Delta, Finish, Update, Whole};
 use super::generation::{Choices, Generation, Reading, TokenIds};
+use super::prompt::{List, Prompt};
 use super::respond::{Envelope, Writer, respond};
 use super::shape::{self, CompletionLogprobs};
 use super::state::{ApiLimits, ApiState, Loaded};
@@ -52,8 +53,8 @@ struct Completion {
     wants_prompt_logprobs: bool,
     special: SpecialTokens,
     token_ids: TokenIds,
-    /// Characters of streamed log-probabilities told so far, by index of the choice.
-    offsets: Vec<usize>,
+    /// Where the text of the next token begins, by index of the choice: for log-probabilities that are streamed.
+    offsets: Vec<isize>,
 }
 
 /// Answers a completion, whole or streamed.
@@ -63,17 +64,18 @@ struct Completion {
 pub(crate) async fn complete(
     State(state): State<Arc<ApiState>>,
     Extension(key): Extension<ShownKey>,
-    Body(body): Body,
+    Body { bytes, room }: Body,
 ) -> Result<Response, ApiError> {
     let loaded = state.loaded()?;
-    let ask = read(&state, loaded, &key, &body).await?;
+    let ask = read(&state, loaded, &key, &bytes).await?;
     let requests = ask.requests(loaded)?;
+    drop((bytes, room));
     let Ask { generation, prompts, echo } = ask;
     let id = requests.first().map_or(RequestId(0), |request| request.id);
     let gathers = ask::submit(&state, loaded, &generation, requests)?;
     let envelope = Envelope::new("cmpl", id, &generation, &state, loaded);
-    let writer = Completion {
-        offsets: vec![0; prompts.len() * envelope.n],
+    let mut writer = Completion {
+        offsets: Vec::new(),
         envelope,
         prompts,
         echo,
@@ -82,6 +84,7 @@ pub(crate) async fn complete(
         special: generation.special,
         token_ids: generation.token_ids,
     };
+    writer.offsets = writer.first_offsets();
     respond(&state, gathers, &generation, writer).await
 }
 
@@ -105,7 +108,7 @@ async fn read(
     let special =
         if fields.bool("add_special_tokens", true)? { AddSpecial::Yes } else { AddSpecial::No };
     let reading = Reading { state, loaded, key: key.0.as_deref() };
-    let prompt = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "is missing"))?;
+    let prompts = take_prompts(&mut fields, &state.limits)?;
     let mut generation = Generation::read(&mut fields, reading, logprobs)?;
     fields.ignore_rest();
     generation.max_tokens = max_tokens;
@@ -115,9 +118,8 @@ async fn read(
             return Err(ApiError::invalid("echo", "is not supported with use_beam_search"));
         }
     }
-    let ask =
-        Ask { generation, prompts: read_prompts(state, loaded, prompt, special).await?, echo };
-    ask.check_repeats(&state.limits)?;
+    let ask = Ask { generation, prompts: tokenize_all(loaded, prompts, special).await?, echo };
+    ask.check_repeats(loaded, &state.limits)?;
     Ok(ask)
 }
 
@@ -139,13 +141,18 @@ impl Ask {
     }
 
     /// Refuses answers that would say long prompts many times: each choice repeats what is asked of its prompt.
-    fn check_repeats(&self, limits: &ApiLimits) -> Result<(), ApiError> {
+    fn check_repeats(&self, loaded: &Loaded, limits: &ApiLimits) -> Result<(), ApiError> {
         let n = self.generation.choices.returned().get() as usize;
         let tokens = n * self.prompts.iter().map(Vec::len).sum::<usize>();
         self.generation.check_prompt_logprobs(tokens, limits)?;
+        if self.echo == Echo::Off {
+            return Ok(());
+        }
+        let bytes_of = |token: &TokenId| loaded.text.token_bytes(*token).len();
+        let bytes = n * self.prompts.iter().flatten().map(bytes_of).sum::<usize>();
         let most = limits.body_bytes;
-        if self.echo != Echo::Off && tokens > most {
-            let said = format!("would repeat {tokens} tokens, wanted at most {most}");
+        if bytes > most {
+            let said = format!("would repeat {bytes} bytes of prompts, wanted at most {most}");
             return Err(ApiError::invalid("echo", said));
         }
         Ok(())
@@ -153,35 +160,39 @@ impl Ask {
 }
 
 /// A string, token ids, or an array of either.
-async fn read_prompts(
-    state: &ApiState,
+fn take_prompts(fields: &mut Fields, limits: &ApiLimits) -> Result<Vec<Prompt>, ApiError> {
+    let most = limits.prompts;
+    match (fields.list("prompt"), fields.take("prompt")) {
+        (Some(List { stranger: Some(kind), .. }), _) => {
+            Err(ApiError::invalid("prompt", format!("wanted strings or token ids, got {kind}")))
+        }
+        (Some(list), _) if list.len == 0 || (list.ids.is_empty() && list.len > most) => Err(
+            ApiError::invalid("prompt", format!("wanted 1 to {most} prompts, got {}", list.len)),
+        ),
+        (Some(list), _) if list.ids.is_empty() => Ok(list.prompts),
+        (Some(list), _) => Ok(vec![Prompt::Ids(list)]),
+        (None, Some(Value::String(text))) => Ok(vec![Prompt::Text(text)]),
+        (None, Some(other)) => {
+            Err(wrong("prompt", "a string, an array of strings or token ids", &other))
+        }
+        (None, None) => Err(ApiError::invalid("prompt", "is missing")),
+    }
+}
+
+async fn tokenize_all(
     loaded: &Loaded,
-    prompt: Value,
+    prompts: Vec<Prompt>,
     special: AddSpecial,
 ) -> Result<Vec<Vec<TokenId>>, ApiError> {
-    let items = match prompt {
-        Value::String(_) => vec![prompt],
-        Value::Array(ref items) if items.first().is_some_and(Value::is_number) => vec![prompt],
-        Value::Array(items) => items,
-        other => return Err(wrong("prompt", "a string, an array of strings or token ids", &other)),
-    };
-    let most = state.limits.prompts;
-    if items.is_empty() || items.len() > most {
-        return Err(ApiError::invalid(
-            "prompt",
-            format!("wanted 1 to {most} prompts, got {}", items.len()),
-        ));
-    }
-    let mut prompts = Vec::with_capacity(items.len());
-    for item in items {
-        let tokens = match item {
-            Value::String(text) => ask::tokenize(loaded, text, special).await?,
-            Value::Array(ids) => token_ids("prompt", &ids, loaded.text.vocab_size())?,
-            other => return Err(wrong("prompt", "strings or arrays of token ids", &other)),
+    let mut all = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        let tokens = match prompt {
+            Prompt::Text(text) => ask::tokenize(loaded, text, special).await?,
+            Prompt::Ids(list) => token_ids("prompt", &list, loaded.text.vocab_size())?,
         };
-        prompts.push(ask::check_prompt(tokens)?);
+        all.push(ask::check_prompt(tokens)?);
     }
-    Ok(prompts)
+    Ok(all)
 }
 
 impl Completion {
@@ -199,7 +210,7 @@ impl Completion {
         }
         let index = prompt * self.envelope.n + at;
         let logprobs = self.logprobs.map(|_| {
-            let mut logprobs = self.logprobs_from(0);
+            let mut logprobs = self.logprobs_from(self.first_offset(prompt));
             if self.echo != Echo::Off {
                 logprobs.push_first(tokens[0]);
                 whole.iter().for_each(|one| logprobs.push(one));
@@ -230,7 +241,23 @@ impl Completion {
         }
     }
 
-    fn logprobs_from(&self, offset: usize) -> CompletionLogprobs<'_> {
+    /// Where the text of each choice's first token begins, by index of the choice.
+    fn first_offsets(&self) -> Vec<isize> {
+        let of_prompt = |prompt| std::iter::repeat_n(self.first_offset(prompt), self.envelope.n);
+        (0..self.prompts.len()).flat_map(of_prompt).collect()
+    }
+
+    /// Before the text where an echoed prompt's first token loses a space.
+    fn first_offset(&self, prompt: usize) -> isize {
+        match self.echo {
+            Echo::Off => 0,
+            Echo::Prompt | Echo::PromptOnly => {
+                -shape::stripped(&self.envelope.text, &self.prompts[prompt], self.special)
+            }
+        }
+    }
+
+    fn logprobs_from(&self, offset: isize) -> CompletionLogprobs<'_> {
         CompletionLogprobs::new(&self.envelope.text, self.special, offset)
     }
 
@@ -248,9 +275,6 @@ impl Completion {
         let n = self.envelope.n;
         let chunk = |index: usize| {
             let mut written = self.logprobs_from(self.offsets[index]);
-            if self.offsets[index] == 0 {
-                written.push_first(self.prompts[prompt][0]);
-            }
             logprobs.iter().for_each(|one| written.push(one));
             let offset = written.offset();
             (offset, self.chunk(index, String::new(), Some(written.into_json())))
@@ -312,10 +336,17 @@ impl Writer for Completion {
         if self.echo == Echo::Off && self.token_ids == TokenIds::Left {
             return None;
         }
-        let mut chunk = self.chunk(index, self.echoed(prompt), None);
+        let logprobs = (self.echo != Echo::Off && self.logprobs.is_some()).then(|| {
+            let mut written = self.logprobs_from(self.offsets[index]);
+            written.push_first(tokens[0]);
+            (written.offset(), written.into_json())
+        });
+        let (offset, logprobs) = logprobs.unzip();
+        let mut chunk = self.chunk(index, self.echoed(prompt), logprobs);
         if self.token_ids == TokenIds::Returned {
             chunk["choices"][0]["prompt_token_ids"] = shape::ids(tokens);
         }
+        self.offsets[index] = offset.unwrap_or(self.offsets[index]);
         Some(chunk)
     }
 

@@ -1,37 +1,64 @@
 //! A JSON body read field by field: wrong types and ranges are named, what is left over is unknown.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::{LazyLock, Mutex};
 
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::prompt::List;
 use crate::request::TokenId;
 
 /// Names of unknown fields that are remembered, so that each is logged once and hostile clients fill no memory.
 const MOST_UNKNOWN_NAMES: usize = 256;
+/// Values of a body, beside those of its [`LISTS`]: each takes some 100 bytes, whatever it takes on the wire.
+const MOST_VALUES: usize = 1 << 16;
+/// Arrays that are as long as a client likes, read into less than values.
+const LISTS: [&str; 2] = ["prompt", "tokens"];
 
 /// The fields of a body that have not been read. `null` counts as absent.
 #[derive(Debug)]
 pub(crate) struct Fields {
     map: Map<String, Value>,
+    /// What stands in `map` as an empty array.
+    lists: Vec<(String, List)>,
 }
 
 impl Fields {
     /// Parses a body. Nesting is limited to 128 by the parser.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        match serde_json::from_slice(body) {
-            Ok(Value::Object(map)) => Ok(Self { map }),
-            Ok(other) => {
-                Err(ApiError::InvalidJson(format!("wanted an object, got {}", kind_of(&other))))
-            }
-            Err(error) => Err(ApiError::InvalidJson(error.to_string())),
-        }
+        serde_json::from_slice(body).map_err(|error| ApiError::InvalidJson(error.to_string()))
     }
 
     pub(crate) fn of(map: Map<String, Value>) -> Self {
-        Self { map }
+        Self { map, lists: Vec::new() }
+    }
+
+    fn insert(&mut self, name: String, raw: &str, budget: &mut usize) -> serde_json::Result<()> {
+        let value = if LISTS.contains(&name.as_str()) && raw.starts_with('[') {
+            self.lists.push((name.clone(), serde_json::from_str(raw)?));
+            Value::Array(Vec::new())
+        } else {
+            *budget = budget.checked_sub(values_in(raw)).ok_or_else(|| {
+                serde_json::Error::custom(format!("{name} makes it more than {MOST_VALUES} values"))
+            })?;
+            serde_json::from_str(raw)?
+        };
+        self.map.insert(name, value);
+        Ok(())
+    }
+
+    /// One of the [`LISTS`], where it is an array.
+    pub(crate) fn list(&mut self, name: &str) -> Option<List> {
+        // The last of several fields of one name counts, as in the map.
+        let at = self.lists.iter().rposition(|(own, _)| own == name)?;
+        self.map.get(name)?.as_array()?;
+        self.map.remove(name);
+        Some(self.lists.swap_remove(at).1)
     }
 
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
@@ -152,15 +179,18 @@ impl Fields {
         most: usize,
         vocab: usize,
     ) -> Result<Vec<TokenId>, ApiError> {
-        match self.take(name) {
-            None => Ok(Vec::new()),
-            Some(Value::Array(items)) if items.len() > most => Err(ApiError::invalid(
-                name,
-                format!("wanted at most {most} token ids, got {}", items.len()),
-            )),
-            Some(Value::Array(items)) => token_ids(name, &items, vocab),
-            Some(other) => Err(wrong(name, "an array of token ids", &other)),
+        let list = match (self.list(name), self.take(name)) {
+            (Some(list), _) => list,
+            (None, None) => return Ok(Vec::new()),
+            (None, Some(other)) if other.is_array() => serde_json::from_value(other)
+                .map_err(|error| ApiError::InvalidJson(error.to_string()))?,
+            (None, Some(other)) => return Err(wrong(name, "an array of token ids", &other)),
+        };
+        if list.len > most {
+            let message = format!("wanted at most {most} token ids, got {}", list.len);
+            return Err(ApiError::invalid(name, message));
         }
+        token_ids(name, &list, vocab)
     }
 
     /// Refuses fields that ask for something that is not done here. `default` is a value that asks for nothing.
@@ -189,23 +219,56 @@ impl Fields {
     }
 }
 
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Top;
+        impl<'de> Visitor<'de> for Top {
+            type Value = Fields;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Fields, A::Error> {
+                let mut fields = Fields::of(Map::new());
+                let mut budget = MOST_VALUES;
+                while let Some((name, raw)) = entries.next_entry::<String, &RawValue>()? {
+                    fields.insert(name, raw.get(), &mut budget).map_err(A::Error::custom)?;
+                }
+                Ok(fields)
+            }
+        }
+        deserializer.deserialize_map(Top)
+    }
+}
+
+/// At least as many as the text of a value makes.
+fn values_in(raw: &str) -> usize {
+    let (mut values, mut in_string, mut escaped) = (1, false, false);
+    for byte in raw.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    values
+}
+
 /// Token ids inside a vocabulary.
-pub(crate) fn token_ids(
-    name: &str,
-    items: &[Value],
-    vocab: usize,
-) -> Result<Vec<TokenId>, ApiError> {
-    let id = |item: &Value| {
-        let id = item.as_u64().ok_or_else(|| wrong(name, "token ids", item))?;
-        match u32::try_from(id) {
-            Ok(id) if (id as usize) < vocab => Ok(TokenId(id)),
-            Ok(_) | Err(_) => Err(ApiError::invalid(
-                name,
-                format!("token id {id} is outside the vocabulary of {vocab}"),
-            )),
+pub(crate) fn token_ids(name: &str, list: &List, vocab: usize) -> Result<Vec<TokenId>, ApiError> {
+    if let Some(stranger) = list.stranger.or((!list.prompts.is_empty()).then_some("more than that"))
+    {
+        return Err(ApiError::invalid(name, format!("wanted token ids, got {stranger}")));
+    }
+    let id = |&id: &u32| match (id as usize) < vocab {
+        true => Ok(TokenId(id)),
+        false => {
+            let message = format!("token id {id} is outside the vocabulary of {vocab}");
+            Err(ApiError::invalid(name, message))
         }
     };
-    items.iter().map(id).collect()
+    list.ids.iter().map(id).collect()
 }
 
 pub(crate) fn wrong(name: &str, wanted: &str, got: &Value) -> ApiError {
@@ -229,5 +292,44 @@ fn kind_of(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(body: &str) -> String {
+        Fields::parse(body.as_bytes()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_body_of_millions_of_values_is_refused_and_one_of_as_many_token_ids_is_not() {
+        let many = format!("[{}0]", "0,".repeat(200_000));
+        let refused = refusal(&format!("{{\"stop\":{many}}}"));
+        assert!(refused.contains("stop makes it more than 65536 values"), "{refused}");
+        let each = format!("[{}0]", "0,".repeat(40_000));
+        refusal(&format!("{{\"a\":{each},\"b\":{each}}}"));
+        let names: String = (0..70_000).map(|i| format!("\"{i}\":0,")).collect();
+        refusal(&format!("{{{names}\"a\":0}}"));
+        let mut fields = Fields::parse(format!("{{\"prompt\":{many}}}").as_bytes()).unwrap();
+        assert_eq!(fields.list("prompt").unwrap().ids.len(), 200_001);
+    }
+
+    #[test]
+    fn commas_and_brackets_inside_strings_are_no_values() {
+        assert_eq!(values_in(r#""[,{\"[,""#), 1);
+        assert_eq!(values_in(r#"{"a": [1, "\\", 2]}"#), 5);
+    }
+
+    #[test]
+    fn a_list_under_another_name_or_of_another_type_is_read_as_what_it_is() {
+        let mut fields =
+            Fields::parse(br#"{"prompt":[1],"prompt":"a","stop_token_ids":[3]}"#).unwrap();
+        assert_eq!(fields.list("prompt"), None);
+        assert_eq!(fields.string("prompt", 9).unwrap().as_deref(), Some("a"));
+        assert_eq!(fields.tokens("stop_token_ids", 4, 9).unwrap(), [TokenId(3)]);
+        let mut fields = Fields::parse(br#"{"prompt":[1]}"#).unwrap();
+        assert!(fields.string("prompt", 9).is_err());
     }
 }

@@ -8,7 +8,7 @@ use super::generation::Generation;
 use crate::engine::command::{Beam, Event};
 use crate::engine::handle::Submitted;
 use crate::metrics::Metrics;
-use crate::model::text::{Detokenizer, Held, IncludeStop, SpecialTokens, StopStrings, Text};
+use crate::model::text::{Detokenizer, Held, IncludeStop, StopStrings, Text};
 use crate::request::{Decoding, FinishReason, Request, TokenId, TokenLogprobs};
 
 /// What ended a choice.
@@ -84,7 +84,6 @@ pub(crate) struct Gather {
     stop_tokens: Arc<[TokenId]>,
     min_tokens: u32,
     include_stop: IncludeStop,
-    special: SpecialTokens,
     wants_logprobs: bool,
     /// How many of the choices the client gets.
     returned: usize,
@@ -119,7 +118,6 @@ impl Gather {
             stop_tokens: Arc::clone(&request.stop_tokens),
             min_tokens: generation.params.min_tokens,
             include_stop: generation.include_stop,
-            special: generation.special,
             wants_logprobs: generation.logprobs.is_some(),
             returned: generation.choices.returned().get() as usize,
             counts_output: generation.max_tokens != Some(0),
@@ -239,6 +237,11 @@ impl Gather {
     }
 
     fn beams(&mut self, beams: Vec<Beam>) -> Vec<Answer> {
+        let text_of = |tokens: &[TokenId]| {
+            let mut detokenizer = self.choices[0].detokenizer.clone();
+            let pieces = tokens.iter().map(|&token| detokenizer.push(token)).collect::<String>();
+            pieces + &detokenizer.finish()
+        };
         let answer = |beam: Beam| {
             let shown = match (beam.stop_token, self.include_stop) {
                 (Some(_), IncludeStop::No) => &beam.tokens[..beam.tokens.len().saturating_sub(1)],
@@ -249,7 +252,7 @@ impl Gather {
                 .filter(|token| !self.text.end_tokens().contains(token))
                 .map(StopCause::Token);
             Answer {
-                text: self.text.decode(shown, self.special),
+                text: text_of(shown),
                 logprobs: Vec::new(),
                 cumulative_logprob: beam.cumulative_logprob,
                 finish: Some(Finish { reason: beam.finish, cause }),

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::state::{ApiLimits, Loaded};
+use super::state::{ApiLimits, ApiState, Loaded};
 use crate::model::text::{IncludeStop, SpecialTokens};
 use crate::request::{BeamParams, Decoding, EarlyStopping, Request, Salt, TokenId};
 use crate::sampling::Params;
@@ -118,7 +118,7 @@ pub(crate) struct Generation {
 /// What reading a request needs to know beside its body.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reading<'a> {
-    pub(crate) state: &'a super::state::ApiState,
+    pub(crate) state: &'a ApiState,
     pub(crate) loaded: &'a Loaded,
     pub(crate) key: Option<&'a str>,
 }
@@ -232,17 +232,17 @@ impl Generation {
         default_max_tokens: Option<u32>,
     ) -> Result<Request, ApiError> {
         let limit = loaded.handle.capacity().max_model_len as usize;
-        let room = limit.saturating_sub(prompt.len());
-        let wanted = self
-            .max_tokens
-            .or(default_max_tokens)
-            .map_or(room.max(1), |tokens| tokens.max(1) as usize);
-        let context = || ApiError::ContextLength { prompt: prompt.len(), output: wanted, limit };
-        if wanted > room {
-            return Err(context());
+        let room = u32::try_from(limit.saturating_sub(prompt.len())).unwrap_or(u32::MAX);
+        let stated = self.max_tokens.map(|tokens| tokens.max(1));
+        let output = stated.unwrap_or(1);
+        if output > room {
+            let (prompt, output) = (prompt.len(), output as usize);
+            return Err(ApiError::ContextLength { prompt, output, limit });
         }
-        let max_tokens =
-            u32::try_from(wanted).ok().and_then(NonZeroU32::new).ok_or_else(context)?;
+        // As in vLLM: what the model's authors say bounds what clients say, and a default never fails a request.
+        let most = loaded.text.sampling_defaults().max_new_tokens.unwrap_or(room).min(room);
+        let wanted = stated.or(default_max_tokens).unwrap_or(room).min(most);
+        let max_tokens = NonZeroU32::new(wanted).unwrap_or(NonZeroU32::MIN);
         if self.params.min_tokens > max_tokens.get() {
             return Err(ApiError::invalid(
                 "min_tokens",
@@ -394,7 +394,7 @@ fn read_params(
             .or(defaults.repetition_penalty)
             .unwrap_or(1.0),
         logit_bias: read_logit_bias(fields, reading)?,
-        seed: read_seed(fields)?,
+        seed: read_seed(fields, reading.state)?,
         prompt_index: 0,
         min_tokens: fields.count("min_tokens", 0..=u32::MAX)?.unwrap_or(0),
         stop_tokens,
@@ -442,10 +442,10 @@ fn read_logit_bias(
     Ok(biases)
 }
 
-/// The client's seed, else one from the operating system.
-fn read_seed(fields: &mut Fields) -> Result<u64, ApiError> {
+/// The client's seed, else the server's next one.
+fn read_seed(fields: &mut Fields, state: &ApiState) -> Result<u64, ApiError> {
     match fields.integer("seed", i64::MIN..=i64::MAX)? {
         Some(seed) => Ok(u64::from_ne_bytes(seed.to_ne_bytes())),
-        None => getrandom::u64().map_err(|_| ApiError::EngineStopped),
+        None => state.next_seed(),
     }
 }

@@ -10,6 +10,7 @@ pub mod error;
 mod fields;
 mod gather;
 mod generation;
+mod prompt;
 mod respond;
 pub mod server;
 mod shape;
@@ -39,6 +40,7 @@ pub fn router(state: Arc<ApiState>) -> Router {
         .route("/detokenize", post(admin::detokenize))
         .route("/version", get(admin::version))
         .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(state.limits.body_bytes))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::check_key))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count));
@@ -47,8 +49,8 @@ pub fn router(state: Arc<ApiState>) -> Router {
         .route("/healthz", get(admin::healthz))
         .route("/readyz", get(admin::readyz))
         .route("/metrics", get(admin::metrics))
-        .merge(guarded)
         .method_not_allowed_fallback(method_not_allowed)
+        .merge(guarded)
         .layer(middleware::from_fn(auth::name_request))
         .with_state(state)
 }

@@ -65,16 +65,16 @@ pub(crate) fn chat_logprobs(text: &Text, logprobs: &[TokenLogprobs]) -> Value {
 pub(crate) struct CompletionLogprobs<'a> {
     text: &'a Text,
     special: SpecialTokens,
-    offset: usize,
+    offset: isize,
     tokens: Vec<Value>,
     token_logprobs: Vec<Value>,
     top_logprobs: Vec<Value>,
-    text_offset: Vec<usize>,
+    text_offset: Vec<isize>,
 }
 
 impl<'a> CompletionLogprobs<'a> {
-    /// Of a text of which `offset` characters were told before.
-    pub(crate) fn new(text: &'a Text, special: SpecialTokens, offset: usize) -> Self {
+    /// Of a text of which `offset` characters were told before; below 0 where it loses its first ones, see [`stripped`].
+    pub(crate) fn new(text: &'a Text, special: SpecialTokens, offset: isize) -> Self {
         let (tokens, token_logprobs) = (Vec::new(), Vec::new());
         let (top_logprobs, text_offset) = (Vec::new(), Vec::new());
         Self { text, special, offset, tokens, token_logprobs, top_logprobs, text_offset }
@@ -98,18 +98,16 @@ impl<'a> CompletionLogprobs<'a> {
     }
 
     fn push_token(&mut self, token: TokenId) {
-        self.text_offset.push(self.offset);
+        self.text_offset.push(self.offset.max(0));
         self.tokens.push(self.text.token_text(token).into());
         if self.special == SpecialTokens::Skip && self.text.is_special(token) {
             return;
         }
-        // Characters that begin in this token: one that is split over tokens counts once.
-        let begins = |byte: &&u8| **byte & 0xC0 != 0x80;
-        self.offset += self.text.token_bytes(token).iter().filter(begins).count();
+        self.offset += characters(&self.text.token_bytes(token));
     }
 
     /// Characters told so far.
-    pub(crate) fn offset(&self) -> usize {
+    pub(crate) fn offset(&self) -> isize {
         self.offset
     }
 
@@ -119,6 +117,22 @@ impl<'a> CompletionLogprobs<'a> {
             "top_logprobs": self.top_logprobs, "text_offset": self.text_offset,
         })
     }
+}
+
+/// Characters that begin in these bytes: one that is split over tokens counts once.
+fn characters(bytes: &[u8]) -> isize {
+    bytes.iter().map(|byte| isize::from(byte & 0xC0 != 0x80)).sum()
+}
+
+/// Characters that the first token shows alone and a text of `tokens` does not begin with: SentencePiece's space.
+pub(crate) fn stripped(text: &Text, tokens: &[TokenId], special: SpecialTokens) -> isize {
+    let is_shown = |token: &TokenId| special == SpecialTokens::Keep || !text.is_special(*token);
+    let first = tokens.iter().copied().find(is_shown);
+    let lost = |token| {
+        let shown = text.decode(&[token], SpecialTokens::Keep);
+        characters(&text.token_bytes(token)) - characters(shown.as_bytes())
+    };
+    first.map_or(0, lost).max(0)
 }
 
 /// vLLM's `prompt_logprobs`: one object a token by id, `null` for the first token.

@@ -1,7 +1,11 @@
 //! What every handler sees.
 
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::Semaphore;
 
 use super::error::ApiError;
 use crate::engine::handle::Handle;
@@ -32,6 +36,8 @@ pub struct ApiLimits {
     pub top_logprobs: u32,
     /// Log-probabilities of prompt tokens that one answer may hold: each is an object of some 100 bytes.
     pub prompt_logprobs: usize,
+    /// Log-probabilities of generated tokens that an answer may hold that is not streamed.
+    pub whole_logprobs: u64,
     /// A body must have come by then.
     pub body_timeout: Duration,
     /// A request that is not answered by then is cancelled.
@@ -51,6 +57,7 @@ impl ApiLimits {
             logit_biases: 1024,
             top_logprobs: 20,
             prompt_logprobs: 1 << 18,
+            whole_logprobs: 1 << 20,
             body_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(3600),
         }
@@ -66,6 +73,31 @@ pub struct Loaded {
     pub fingerprint: String,
     /// Bytes of the longest token: a text with more than this many bytes per allowed token cannot fit.
     pub longest_token: usize,
+    /// Places for the work of templates and tokenizers, which take a processor each.
+    pub readers: Arc<Semaphore>,
+}
+
+impl Loaded {
+    /// Places for as much reading at once as the machine has processors.
+    pub fn readers() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, NonZeroUsize::get)))
+    }
+}
+
+/// Where the seeds of requests come from that bring none.
+#[derive(Debug)]
+pub enum Seeds {
+    /// A new one each, from the operating system.
+    Random,
+    /// Those that follow from `seed`, one after the other: the same requests in the same order get the same ones.
+    From { seed: u64, used: AtomicU64 },
+}
+
+impl Seeds {
+    /// Those that follow from `seed`, or random ones.
+    pub fn new(seed: Option<u64>) -> Self {
+        seed.map_or(Self::Random, |seed| Self::From { seed, used: AtomicU64::new(0) })
+    }
 }
 
 /// What every handler sees. The model comes when it is loaded.
@@ -76,6 +108,10 @@ pub struct ApiState {
     pub scope: CacheScope,
     pub metrics: Arc<Metrics>,
     pub created: u64,
+    /// Seeds of requests that bring none.
+    pub seeds: Seeds,
+    /// Room for the bytes of larger bodies while they are read, see [`super::body`].
+    pub(super) bodies: Arc<Semaphore>,
     keys: RwLock<Vec<String>>,
     loaded: OnceLock<Loaded>,
 }
@@ -89,10 +125,30 @@ impl ApiState {
         scope: CacheScope,
         metrics: Arc<Metrics>,
     ) -> Self {
+        let seeds = Seeds::Random;
         let created =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (keys, loaded) = (RwLock::new(keys), OnceLock::new());
-        Self { served_model_names, limits, scope, metrics, created, keys, loaded }
+        let bodies = Arc::new(Semaphore::new(limits.body_bytes.min(Semaphore::MAX_PERMITS)));
+        Self { served_model_names, limits, scope, metrics, created, seeds, bodies, keys, loaded }
+    }
+
+    /// The seed of the next request that brings none.
+    ///
+    /// # Errors
+    /// When the operating system has no randomness.
+    pub fn next_seed(&self) -> Result<u64, ApiError> {
+        match &self.seeds {
+            Seeds::Random => getrandom::u64().map_err(|_| ApiError::EngineStopped),
+            Seeds::From { seed, used } => {
+                let mut hasher = blake3::Hasher::new_derive_key("bindery 2026 seed of a request");
+                hasher.update(&seed.to_le_bytes());
+                hasher.update(&used.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+                let mut bytes = [0; 8];
+                hasher.finalize_xof().fill(&mut bytes);
+                Ok(u64::from_le_bytes(bytes))
+            }
+        }
     }
 
     /// From now on requests are answered. A second call changes nothing.

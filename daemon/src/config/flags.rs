@@ -340,9 +340,9 @@ pub(super) struct Serve {
     /// Where the weights come from
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto, help_heading = "Model")]
     pub(super) load_format: LoadFormat,
-    /// Seed of dummy weights
-    #[arg(long, default_value_t = 0, help_heading = "Model")]
-    pub(super) seed: u64,
+    /// Seed of dummy weights (default: 0) and of requests that bring none (default: a new one each)
+    #[arg(long, help_heading = "Model")]
+    pub(super) seed: Option<u64>,
     /// Compute the whole model on the plain path, slow and readable
     #[arg(long, help_heading = "Model")]
     pub(super) reference: bool,

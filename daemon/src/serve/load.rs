@@ -63,7 +63,7 @@ pub(super) fn open(config: &ServeConfig, path: &Path) -> Result<Found> {
     let files = ModelFiles::find(path)?;
     let format = match config.load_format {
         ConfiguredFormat::Auto => LoadFormat::Auto,
-        ConfiguredFormat::Dummy => LoadFormat::Dummy { seed: config.seed },
+        ConfiguredFormat::Dummy => LoadFormat::Dummy { seed: config.seed.unwrap_or(0) },
     };
     let dtype = match config.dtype {
         Dtype::Auto => WeightDtype::Auto,

@@ -78,7 +78,7 @@ impl Decoding {
 /// Bytes of tokens go in, whole UTF-8 comes out.
 /// The pieces in a row equal [`Text::decode`] of the output, but for one thing: a space at the start of the
 /// output is kept when there is a prompt, since it stands between the two.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Detokenizer {
     text: Arc<Text>,
     special: SpecialTokens,

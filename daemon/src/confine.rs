@@ -10,6 +10,9 @@ use landlock::{
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
+use crate::model::ModelError;
+use crate::model::files::ModelFiles;
+
 /// What the engine may still do with files.
 #[derive(Debug, Clone, Default)]
 pub struct Files {
@@ -73,25 +76,31 @@ pub fn confine_files(files: &Files) -> Result<Option<Missing>, ConfineError> {
     })
 }
 
-/// The folders that loading `model` reads: its own, and those that links in it lead to (the hub's cache is made of links).
+/// What loading `model` reads: its folder, or of a GGUF its own files alone, which may lie among those of others; and the
+/// files that links among these lead to (the hub's cache is made of links).
 ///
 /// # Errors
-/// When the model's folder cannot be listed.
-pub fn folders_of(model: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let model = std::path::absolute(model)?;
-    let folder =
-        if model.is_dir() { model.as_path() } else { model.parent().unwrap_or(Path::new("/")) };
-    let mut folders = BTreeSet::from([folder.to_owned()]);
-    // A lone GGUF lies among files that are not its own, so only its parts are followed.
-    let is_part = |path: &Path| model.is_dir() || path.extension() == model.extension();
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.is_symlink() && is_part(&path) {
-            let target = path.canonicalize().ok();
-            folders.extend(target.and_then(|target| Some(target.parent()?.to_owned())));
+/// When the model is not there.
+pub fn paths_of(model: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let io = |source| ModelError::Io { path: model.to_owned(), source };
+    let model = std::path::absolute(model).map_err(io)?;
+    let files = if model.is_dir() {
+        let entries = std::fs::read_dir(&model).map_err(io)?;
+        entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>().map_err(io)?
+    } else {
+        match ModelFiles::find(&model)? {
+            ModelFiles::Gguf(files) => files,
+            ModelFiles::Folder(folder) => vec![folder],
         }
+    };
+    let linked = files.iter().filter(|path| path.is_symlink());
+    let mut paths: BTreeSet<PathBuf> = linked.filter_map(|path| path.canonicalize().ok()).collect();
+    if model.is_dir() {
+        paths.insert(model);
+    } else {
+        paths.extend(files.into_iter().filter(|path| path.is_file() && !path.is_symlink()));
     }
-    Ok(folders.into_iter().collect())
+    Ok(paths.into_iter().collect())
 }
 
 /// Refuses every thread of this process a new socket or connection, with EPERM. Call it once the listener exists;
@@ -234,9 +243,20 @@ mod tests {
         }
         std::fs::write(root.join("blobs/b"), "x").unwrap();
         std::os::unix::fs::symlink("../blobs/b", root.join("snapshot/m.gguf")).unwrap();
-        let wanted = [root.join("blobs"), root.join("snapshot")];
-        assert_eq!(folders_of(&root.join("snapshot")).unwrap(), wanted);
-        assert_eq!(folders_of(&root.join("snapshot/m.gguf")).unwrap(), wanted);
-        assert_eq!(folders_of(&root.join("blobs/b")).unwrap(), [root.join("blobs")]);
+        let wanted = [root.join("blobs/b"), root.join("snapshot")];
+        assert_eq!(paths_of(&root.join("snapshot")).unwrap(), wanted);
+        assert_eq!(paths_of(&root.join("snapshot/m.gguf")).unwrap(), [root.join("blobs/b")]);
+    }
+
+    #[test]
+    fn a_gguf_among_others_is_read_with_its_parts_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        let [first, second] =
+            ["00001", "00002"].map(|part| root.join(format!("m-{part}-of-00002.gguf")));
+        for path in [&first, &second, &root.join("other.gguf")] {
+            std::fs::write(path, "x").unwrap();
+        }
+        assert_eq!(paths_of(&first).unwrap(), [first, second]);
     }
 }

@@ -144,6 +144,9 @@ async fn serve(
         Arc::clone(&metrics),
     );
     state.seeds = Seeds::new(config.seed);
+    if agent.is_some() {
+        state.await_keys();
+    }
     let state = Arc::new(state);
     let (phase, watched) = watch::channel(Phase::Serving);
     let options = ServerOptions {

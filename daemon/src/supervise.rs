@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 
 use crate::config::ApiKey;
 
-/// The longest line that is read.
-const LONGEST_LINE: u64 = 64 << 10;
+/// The longest line that is read: the keys of the longest claim fit in.
+const LONGEST_LINE: u64 = 2 * crate::claim::LONGEST_LINE as u64;
 
 /// What the agent tells the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -299,11 +299,20 @@ mod tests {
 
     #[test]
     fn lines_that_are_no_command_are_passed_over() {
-        let long = "x".repeat(200_000);
+        let long = "x".repeat(1_200_000);
         let input = format!(
             "drain\n{{\"drain\":{{\"x\":1}}}}\n{{\"api_keys\":[\"\"]}}\n{{\"stop\":{{}}}}\n{long}\n{{\"drain\":{{}}}}\n"
         );
         assert_eq!(commands(&input), [Command::Drain]);
+    }
+
+    #[test]
+    fn as_many_keys_as_a_claim_can_hold_are_read() {
+        let key = |i: usize| ApiKey::new(format!("{i:01000}")).unwrap();
+        let keys = Command::ApiKeys((0..256).map(key).collect());
+        let line = keys.to_line().unwrap();
+        assert!(line.len() > 250_000, "{}", line.len());
+        assert_eq!(commands(&line), [keys]);
     }
 
     #[test]

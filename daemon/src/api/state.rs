@@ -84,6 +84,21 @@ impl Loaded {
     }
 }
 
+/// Whom the server answers.
+#[derive(Debug)]
+enum Keys {
+    /// Nobody yet: they are still to be told.
+    Untold,
+    Anybody,
+    HoldersOf(Vec<String>),
+}
+
+impl Keys {
+    fn of(keys: Vec<String>) -> Self {
+        if keys.is_empty() { Self::Anybody } else { Self::HoldersOf(keys) }
+    }
+}
+
 /// Where the seeds of requests come from that bring none.
 #[derive(Debug)]
 pub enum Seeds {
@@ -112,7 +127,7 @@ pub struct ApiState {
     pub seeds: Seeds,
     /// Room for the bytes of larger bodies while they are read, see [`super::body`].
     pub(super) bodies: Arc<Semaphore>,
-    keys: RwLock<Vec<String>>,
+    keys: RwLock<Keys>,
     loaded: OnceLock<Loaded>,
 }
 
@@ -128,7 +143,7 @@ impl ApiState {
         let seeds = Seeds::Random;
         let created =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let (keys, loaded) = (RwLock::new(keys), OnceLock::new());
+        let (keys, loaded) = (RwLock::new(Keys::of(keys)), OnceLock::new());
         let bodies = Arc::new(Semaphore::new(limits.body_bytes.min(Semaphore::MAX_PERMITS)));
         Self { served_model_names, limits, scope, metrics, created, seeds, bodies, keys, loaded }
     }
@@ -165,18 +180,28 @@ impl ApiState {
         self.loaded.get().ok_or(ApiError::Loading)
     }
 
+    /// Answers nobody until [`ApiState::set_keys`].
+    pub fn await_keys(&self) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Keys::Untold;
+    }
+
     /// Replaces the keys that clients may show. None: every client may ask.
     pub fn set_keys(&self, keys: Vec<String>) {
-        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Keys::of(keys);
     }
 
     /// Whether a client with this key may ask. Takes the same time for every key of one length.
     pub fn admits(&self, shown: Option<&str>) -> bool {
         use subtle::ConstantTimeEq;
-        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
         let shown = shown.unwrap_or_default().as_bytes();
-        keys.is_empty()
-            || keys.iter().fold(false, |found, key| found | bool::from(key.as_bytes().ct_eq(shown)))
+        match &*self.keys.read().unwrap_or_else(PoisonError::into_inner) {
+            Keys::Untold => false,
+            Keys::Anybody => true,
+            Keys::HoldersOf(keys) => {
+                let is_shown = |key: &String| bool::from(key.as_bytes().ct_eq(shown));
+                keys.iter().fold(false, |found, key| found | is_shown(key))
+            }
+        }
     }
 
     /// What separates the caches of clients: their own salt, else their key, by the scope.
@@ -207,5 +232,39 @@ impl ApiState {
             Some(name) if self.served_model_names.contains(&name) => Ok(name),
             Some(name) => Err(ApiError::UnknownModel(name.chars().take(200).collect())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_answered_until_the_keys_are_told() {
+        let metrics = Arc::new(Metrics::new("tiny").unwrap());
+        let limits = ApiLimits::with_body_bytes(1 << 20);
+        let state = ApiState::new(vec![], vec![], limits, CacheScope::Key, metrics);
+        assert!(state.admits(None) && state.admits(Some("x")));
+        state.await_keys();
+        assert!(!state.admits(None) && !state.admits(Some("")));
+        state.set_keys(vec!["a".to_owned(), "b".to_owned()]);
+        assert!(state.admits(Some("b")) && !state.admits(Some("c")) && !state.admits(None));
+        state.set_keys(vec![]);
+        assert!(state.admits(None));
+    }
+
+    #[test]
+    fn a_seeded_server_gives_the_same_seeds_again_and_no_two_alike() {
+        let seeds = |seed| {
+            let metrics = Arc::new(Metrics::new("tiny").unwrap());
+            let limits = ApiLimits::with_body_bytes(1 << 20);
+            let mut state = ApiState::new(vec![], vec![], limits, CacheScope::Key, metrics);
+            state.seeds = Seeds::new(seed);
+            [state.next_seed().unwrap(), state.next_seed().unwrap()]
+        };
+        assert_eq!(seeds(Some(7)), seeds(Some(7)));
+        assert_ne!(seeds(Some(7)), seeds(Some(8)));
+        assert_ne!(seeds(Some(7))[0], seeds(Some(7))[1]);
+        assert_ne!(seeds(None), seeds(None));
     }
 }

@@ -43,8 +43,14 @@ pub(super) fn node(flags: flags::Node) -> Result<NodeConfig, ConfigError> {
     })
 }
 
-/// Checks the flags of `bindery replica` and reads its Secrets.
+/// Checks the flags of `bindery replica` and reads its Secrets. What is wrong with them is also the termination message,
+/// from which the operator knows that starting again does not help.
 pub(super) fn replica(flags: flags::Replica) -> Result<ReplicaConfig, ConfigError> {
+    let termination_log = flags.termination_log.clone();
+    checked(flags).inspect_err(|error| crate::replica::refuse(&termination_log, error))
+}
+
+fn checked(flags: flags::Replica) -> Result<ReplicaConfig, ConfigError> {
     let Some(model) = flags.model else {
         return invalid("MODEL is missing: hf://org/name[/file.gguf][@revision] or file://path");
     };

@@ -57,6 +57,8 @@ pub struct Agent {
 struct State {
     ledger: Ledger,
     known: BTreeMap<GrantId, Known>,
+    /// Grants that the disk has not taken yet.
+    unopened: Vec<GrantId>,
     /// Grants of an earlier agent whose engines have not answered to this one, and since when that is waited for.
     awaited: Option<(Instant, BTreeSet<GrantId>)>,
 }
@@ -160,32 +162,63 @@ impl Agent {
         let ids = found.iter().map(|(id, _)| id.clone()).collect();
         self.change(|state| state.awaited = Some((Instant::now(), ids)));
         for (id, units) in found {
-            match self.grants.listen(&id) {
-                Ok(listener) => self.add(&id, units, listener)?,
-                Err(error) => tracing::error!(%id, %error, "cannot listen for a grant"),
-            }
+            self.enter(&id, units);
+            let opened = self.grants.listen(&id).and_then(|listener| self.serve(&id, listener));
+            self.or_later(&id, opened);
         }
         Ok(())
     }
 
-    /// Makes a grant of what the kubelet allocates and gives the folder to mount.
+    /// Makes a grant of what the kubelet allocates and gives the folder to mount. A disk that does not take it now is tried
+    /// again: the kubelet starts the container again as well, where an error here would make its Pod Failed for ever.
     ///
     /// # Errors
-    /// When the disk does not take it.
+    /// When the system has no randomness for a name.
     pub fn allocate(&self, units: BTreeSet<Unit>) -> std::io::Result<PathBuf> {
         let id = Grants::new_id(&units)?;
-        let listener = self.grants.create(&id, &units)?;
-        self.add(&id, units, listener)?;
+        self.enter(&id, units.clone());
+        let opened = self.open(&id, &units);
+        self.or_later(&id, opened);
         tracing::info!(%id, "granted");
         Ok(self.grants.folder(&id))
     }
 
-    fn add(
+    /// Opens what the disk did not take before.
+    pub fn open_late(&self) {
+        let unopened = self.change(|state| std::mem::take(&mut state.unopened));
+        for id in unopened {
+            let units = self.read(|ledger| {
+                ledger.grants().find(|(other, _)| **other == id).map(|(_, units)| units.clone())
+            });
+            if let Some(units) = units {
+                let opened = self.open(&id, &units);
+                self.or_later(&id, opened);
+            }
+        }
+    }
+
+    fn open(&self, id: &GrantId, units: &BTreeSet<Unit>) -> std::io::Result<()> {
+        self.serve(id, self.grants.create(id, units)?)
+    }
+
+    fn serve(
         &self,
         id: &GrantId,
-        units: BTreeSet<Unit>,
         listener: std::os::unix::net::UnixListener,
     ) -> std::io::Result<()> {
+        // The receiver lives as long as the agent.
+        drop(self.listening.send((id.clone(), UnixListener::from_std(listener)?)));
+        Ok(())
+    }
+
+    fn or_later(&self, id: &GrantId, opened: std::io::Result<()>) {
+        if let Err(error) = opened {
+            tracing::error!(%id, %error, "a grant cannot be opened yet");
+            self.change(|state| state.unopened.push(id.clone()));
+        }
+    }
+
+    fn enter(&self, id: &GrantId, units: BTreeSet<Unit>) {
         let known = Known { since: Instant::now(), claimed: Claimed::No, listed: Listed::Never };
         let ended = self.change(|state| {
             let ended = state.ledger.grant(id.clone(), units);
@@ -195,9 +228,6 @@ impl Agent {
         for id in ended {
             self.forget(&id, "its memory was granted again");
         }
-        // The receiver lives as long as the agent.
-        drop(self.listening.send((id.clone(), UnixListener::from_std(listener)?)));
-        Ok(())
     }
 
     /// Opens the one claim that a grant can have; `None` when it has one or has ended.
@@ -353,6 +383,23 @@ pub(super) mod tests {
 
     fn units(indices: std::ops::Range<u32>) -> BTreeSet<Unit> {
         indices.map(|index| Unit { device: "cpu0".into(), index }).collect()
+    }
+
+    #[tokio::test]
+    async fn a_grant_that_the_disk_did_not_take_is_held_and_opened_later() {
+        let root = tempfile::tempdir().unwrap();
+        let (agent, mut listeners) = agent(root.path(), "true");
+        let (records, away) = (root.path().join("grants"), root.path().join("away"));
+        std::fs::rename(&records, &away).unwrap();
+        let folder = agent.allocate(units(0..2)).unwrap();
+        assert!(!folder.exists() && listeners.try_recv().is_err());
+        assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 2);
+        agent.open_late();
+        assert!(listeners.try_recv().is_err(), "the disk still refuses");
+        std::fs::rename(&away, &records).unwrap();
+        agent.open_late();
+        assert!(folder.exists());
+        assert_eq!(listeners.try_recv().unwrap().0, only(&agent));
     }
 
     fn only(agent: &Agent) -> GrantId {

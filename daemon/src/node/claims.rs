@@ -279,6 +279,11 @@ async fn run(
     start: Start,
     lines: &mut Lines,
 ) -> Result<Over, Over> {
+    let keys = claim.api_keys.iter().map(|key| ApiKey::new(key.0.clone())).collect();
+    let Some(keys) = keys else {
+        let message = "an API key has 1 to 1024 printable ASCII characters and no spaces".into();
+        return Err(Over::Failed { reason: crds::Reason::InvalidSpec, message });
+    };
     let command = command(agent, id, claim, &start);
     let crashed = |message: String| Over::Failed { reason: crds::Reason::EngineCrashed, message };
     let mut engine = agent
@@ -287,7 +292,6 @@ async fn run(
         .await
         .map_err(|error| crashed(format!("start {}: {error}", agent.program.display())))?;
     tracing::info!(%id, model = claim.model, gib = start.running.place.gib, "engine started");
-    let keys = claim.api_keys.iter().filter_map(|key| ApiKey::new(key.0.clone())).collect();
     // An engine that does not listen ends, which is seen below.
     drop(engine.tell(&supervise::Command::ApiKeys(keys)).await);
     let grant_bytes = u64::from(start.running.place.gib) << 30;
@@ -317,7 +321,8 @@ fn command(agent: &Agent, id: &GrantId, claim: &Claim, start: &Start) -> Command
     let mut command = Command::new(&agent.program);
     command.env_clear().current_dir("/").arg("serve").arg(&start.fetched.path).arg("--supervised");
     command.arg("--uds").arg(agent.grants.engine_socket(id));
-    command.args(["--served-model-name", &claim.served_name]);
+    // In one word: a name may begin like a flag.
+    command.arg(format!("--served-model-name={}", claim.served_name));
     command.args(["--memory-bytes", &format!("{}GiB", start.running.place.gib)]);
     // kube-proxy spreads connections, not requests.
     command.args([

@@ -5,17 +5,15 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStderr, ChildStdin, ChildStdout};
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::codec::{FramedRead, LinesCodec};
 
 use crate::supervise::{self, Event};
 
 /// Longest line of an engine's log or event, in bytes.
-const LONGEST_LINE: usize = 64 << 10;
+const LONGEST_LINE: u64 = 64 << 10;
 /// Lines that may wait for a slow replica; then the engine waits too.
 const WAITING_LINES: usize = 256;
 /// From SIGTERM to SIGKILL.
@@ -165,10 +163,9 @@ impl Engine {
 
 fn read_events(stdout: ChildStdout, sender: mpsc::Sender<FromEngine>) {
     tokio::spawn(async move {
-        let mut lines = FramedRead::new(stdout, LinesCodec::new_with_max_length(LONGEST_LINE));
-        while let Some(line) = lines.next().await {
-            let event = line.ok().and_then(|line| serde_json::from_str(&line).ok());
-            let Some(event) = event else { continue };
+        let mut stdout = BufReader::new(stdout);
+        while let Some(line) = next_line(&mut stdout).await {
+            let Ok(event) = serde_json::from_str(&line) else { continue };
             if sender.send(FromEngine::Event(event)).await.is_err() {
                 return;
             }
@@ -176,12 +173,18 @@ fn read_events(stdout: ChildStdout, sender: mpsc::Sender<FromEngine>) {
     });
 }
 
+/// The next line; `None` at the end of the pipe. One that is too long comes in several: reading goes on whatever is said,
+/// since an engine whose pipe is closed fails at its next word.
+async fn next_line(pipe: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
+    let mut line = Vec::new();
+    let read = pipe.take(LONGEST_LINE).read_until(b'\n', &mut line).await.ok()?;
+    (read > 0).then(|| String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']).to_owned())
+}
+
 fn read_log(stderr: ChildStderr, sender: mpsc::Sender<FromEngine>) {
     tokio::spawn(async move {
-        let mut lines = FramedRead::new(stderr, LinesCodec::new_with_max_length(LONGEST_LINE));
-        while let Some(line) = lines.next().await {
-            // A line that is too long or no text is not worth an engine.
-            let Ok(line) = line else { continue };
+        let mut stderr = BufReader::new(stderr);
+        while let Some(line) = next_line(&mut stderr).await {
             if sender.send(FromEngine::Log(line)).await.is_err() {
                 return;
             }
@@ -215,6 +218,23 @@ mod tests {
         assert!(said.contains(&FromEngine::Log("got {\"drain\":{}}".into())));
         assert_eq!(said.len(), 3);
         assert_eq!(engine.end().await, "exit status: 3");
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_too_long_or_no_text_ends_no_log() {
+        let spawner = Spawner::start().unwrap();
+        let script = "head -c 200000 /dev/zero | tr '\\0' x >&2; printf '\\n\\377\\nlast\\n' >&2";
+        let mut engine = spawner.spawn(shell(script)).await.unwrap();
+        let mut said = Vec::new();
+        while let Some(FromEngine::Log(line)) = engine.next().await {
+            said.push(line);
+        }
+        assert_eq!(
+            said.iter().filter(|line| line.starts_with('x')).map(String::len).sum::<usize>(),
+            200_000
+        );
+        assert_eq!(said[said.len() - 2..], ["\u{FFFD}", "last"]);
+        engine.end().await;
     }
 
     #[tokio::test]

@@ -97,14 +97,14 @@ impl Grants {
         Ok(listener)
     }
 
-    /// Every grant that is written down. A record that cannot be read is logged and passed over.
+    /// Every grant that is written down, the oldest first: of two that share units the newer one holds them, since the
+    /// older one was still to be forgotten. A record that cannot be read is logged and passed over.
     ///
     /// # Errors
     /// When the folder cannot be read.
     pub fn load(&self) -> std::io::Result<Vec<(GrantId, BTreeSet<Unit>)>> {
         let mut found = Vec::new();
-        for entry in std::fs::read_dir(self.records())? {
-            let path = entry?.path();
+        for path in self.oldest_first()? {
             let name = path.file_stem().and_then(|name| name.to_str()).map(str::to_owned);
             let (Some(name), Some("json")) = (name, path.extension().and_then(|e| e.to_str()))
             else {
@@ -136,6 +136,17 @@ impl Grants {
             }
         }
         Ok(())
+    }
+
+    fn oldest_first(&self) -> std::io::Result<Vec<PathBuf>> {
+        let written = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry?;
+            Ok((entry.metadata()?.modified()?, entry.path()))
+        };
+        let found = std::fs::read_dir(self.records())?.map(written);
+        let mut found: Vec<_> = found.collect::<std::io::Result<_>>()?;
+        found.sort();
+        Ok(found.into_iter().map(|(_, path)| path).collect())
     }
 
     fn records(&self) -> PathBuf {
@@ -183,6 +194,20 @@ mod tests {
         let socket = grants.folder(&id).join(CLAIM_SOCKET);
         assert_eq!(std::fs::metadata(&socket).unwrap().mode() & 0o777, 0o666);
         assert!(std::os::unix::net::UnixStream::connect(socket).is_ok());
+    }
+
+    #[test]
+    fn the_newest_grant_comes_last() {
+        let root = tempfile::tempdir().unwrap();
+        let grants = Grants::open(root.path()).unwrap();
+        let ids: Vec<GrantId> = (0..9).map(|_| Grants::new_id(&units()).unwrap()).collect();
+        for (seconds, id) in (1..).zip(&ids) {
+            drop(grants.create(id, &units()).unwrap());
+            let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            std::fs::File::open(grants.record(id)).unwrap().set_modified(time).unwrap();
+        }
+        let found: Vec<GrantId> = grants.load().unwrap().into_iter().map(|(id, _)| id).collect();
+        assert_eq!(found, ids);
     }
 
     #[test]

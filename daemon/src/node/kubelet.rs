@@ -214,8 +214,8 @@ impl DevicePlugin for Plugin {
     ) -> Reply<v1beta1::AllocateResponse> {
         let allocate = |wanted: &v1beta1::ContainerAllocateRequest| {
             let folder = self.agent.allocate(units(&wanted.devices_ids)?).map_err(|error| {
-                tracing::error!(%error, "cannot write a grant down");
-                Status::unavailable(format!("write the grant down: {error}"))
+                tracing::error!(%error, "cannot name a grant");
+                Status::unavailable(format!("name the grant: {error}"))
             })?;
             Ok(v1beta1::ContainerAllocateResponse {
                 envs: [(MOUNT_VARIABLE.into(), MOUNTED_AT.into())].into(),
@@ -244,6 +244,7 @@ pub async fn compare(agent: Arc<Agent>, socket: PathBuf) {
     let mut told = None;
     loop {
         tokio::time::sleep(COMPARE).await;
+        agent.open_late();
         match listed(&socket).await {
             Ok(listed) => {
                 told = None;

@@ -46,8 +46,16 @@ impl WeightsError {
             Self::Hub(HubError::DiskFull { .. }) | Self::Object(ObjectError::DiskFull { .. }) => {
                 crds::Reason::DiskFull
             }
+            Self::Hub(HubError::Disk { source, .. })
+            | Self::Object(ObjectError::Disk { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                crds::Reason::DiskFull
+            }
+            Self::Hub(HubError::NoModel) => crds::Reason::UnsupportedModel,
             Self::Unsupported { .. }
             | Self::Outside { .. }
+            | Self::Hub(HubError::NoSuchFile { .. } | HubError::WhichGguf { .. })
             | Self::Object(ObjectError::BadAddress { .. }) => crds::Reason::InvalidSpec,
             Self::Missing { .. } | Self::Hub(_) | Self::Object(_) => {
                 crds::Reason::SourceUnreachable

@@ -113,6 +113,13 @@ async fn live(config: ReplicaConfig) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Says why a replica cannot even claim.
+pub(crate) fn refuse(termination_log: &Path, error: &dyn std::error::Error) {
+    let failed = ReplicaState::new(crds::Reason::InvalidSpec, error.to_string());
+    // The process ends with a failure either way.
+    let _ = end(termination_log, &failed);
+}
+
 /// Writes the termination message.
 fn end(path: &Path, failed: &ReplicaState) -> ExitCode {
     tracing::error!(reason = %failed.reason, message = failed.message, "the claim has failed");

@@ -134,8 +134,7 @@ fn say(missing: Option<Missing>) {
 }
 
 fn files(config: &ServeConfig, model: &Path) -> Result<Files> {
-    let mut read =
-        confine::folders_of(model).with_context(|| format!("find {}", model.display()))?;
+    let mut read = confine::paths_of(model).with_context(|| format!("find {}", model.display()))?;
     // Memory figures, for the plan and the metrics.
     read.extend(
         ["/proc", "/sys/fs/cgroup"].map(PathBuf::from).into_iter().filter(|path| path.exists()),

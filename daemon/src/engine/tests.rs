@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,8 @@ impl Record for Recorder {
 struct Gated {
     inner: FakeBackend,
     gate: mpsc::Receiver<bool>,
+    /// Steps that came to the gate.
+    arrived: Arc<AtomicUsize>,
 }
 
 impl Backend for Gated {
@@ -52,6 +55,7 @@ impl Backend for Gated {
         self.inner.copy_blocks(copies)
     }
     fn launch(&mut self, batch: &Batch) -> Result<(), BackendError> {
+        self.arrived.fetch_add(1, Ordering::Relaxed);
         match self.gate.recv() {
             Ok(true) => self.inner.launch(batch),
             Ok(false) | Err(_) => {
@@ -104,15 +108,23 @@ struct GatedEngine {
     handle: Handle,
     running: super::run::Running,
     gate: mpsc::Sender<bool>,
+    arrived: Arc<AtomicUsize>,
     recorded: mpsc::Receiver<Recorded>,
 }
 
 impl GatedEngine {
     fn start(depth: usize, blocks: u32) -> Self {
         let ((open, gate), (sender, recorded)) = (mpsc::channel(), mpsc::channel());
-        let backend = Gated { inner: FakeBackend::new(depth, blocks, 4), gate };
+        let arrived = Arc::new(AtomicUsize::new(0));
+        let inner = FakeBackend::new(depth, blocks, 4);
+        let backend = Gated { inner, gate, arrived: Arc::clone(&arrived) };
         let (handle, running) = start(backend, config(blocks), Recorder(sender)).unwrap();
-        Self { handle, running, gate: open, recorded }
+        Self { handle, running, gate: open, arrived, recorded }
+    }
+
+    /// Waits until the loop stands before its `step`th step, counted from 1.
+    fn wait_at_gate(&self, step: usize) {
+        wait_until("the gate is reached", || self.arrived.load(Ordering::Relaxed) == step);
     }
 
     fn allow(&self, steps: usize) {
@@ -215,6 +227,7 @@ fn a_dropped_request_is_gone_within_one_step_and_counted_as_aborted() {
         let mut submitted = submit(&engine.handle, request(&engine.handle, 10, 700, 2)).unwrap();
         engine.allow(depth);
         while !matches!(next(&mut submitted), Some(Event::Token { .. })) {}
+        engine.wait_at_gate(depth + 1);
         drop(submitted);
         engine.allow(1);
         wait_until("the engine is empty", || engine.handle.in_flight() == 0);
@@ -228,8 +241,8 @@ fn a_dropped_request_is_gone_within_one_step_and_counted_as_aborted() {
 fn a_full_queue_refuses_by_requests_and_says_when_to_return() {
     let engine = GatedEngine::start(1, 50);
     let ask = |prompt| submit(&engine.handle, request(&engine.handle, prompt, 1, 1));
-    let mut running = ask(10).unwrap();
-    assert!(matches!(next(&mut running), Some(Event::Admitted { .. })));
+    let running = ask(10).unwrap();
+    engine.wait_at_gate(1);
     let waiting: Vec<_> = (0..4).map(|_| ask(2).unwrap()).collect();
     let Err(Refused::TooManyRequests { waiting: 4, limit: 4, retry_after }) = ask(2) else {
         panic!("the fifth is too many")
@@ -244,8 +257,8 @@ fn a_full_queue_refuses_by_requests_and_says_when_to_return() {
 fn a_full_queue_refuses_by_prompt_tokens() {
     let engine = GatedEngine::start(1, 50);
     let ask = |prompt| submit(&engine.handle, request(&engine.handle, prompt, 1, 1));
-    let mut running = ask(10).unwrap();
-    assert!(matches!(next(&mut running), Some(Event::Admitted { .. })));
+    let running = ask(10).unwrap();
+    engine.wait_at_gate(1);
     let waiting = ask(90).unwrap();
     let over = ask(11);
     assert!(
@@ -262,7 +275,8 @@ fn a_full_queue_refuses_by_prompt_tokens() {
 fn requests_that_come_together_are_taken_together_or_not_at_all() {
     let (open, gate) = mpsc::channel();
     let (sender, _recorded) = mpsc::channel();
-    let backend = Gated { inner: FakeBackend::new(1, 50, 4), gate };
+    let inner = FakeBackend::new(1, 50, 4);
+    let backend = Gated { inner, gate, arrived: Arc::default() };
     let (handle, running) = start(backend, config(50), Recorder(sender)).unwrap();
     let ask = |prompts: &[u32]| {
         handle.submit(prompts.iter().map(|&len| request(&handle, len, 1, 1)).collect())
@@ -315,7 +329,8 @@ fn a_draining_engine_finishes_what_runs_and_refuses_what_comes() {
 fn a_failing_backend_ends_the_loop_and_tells_every_owner() {
     let (open, gate) = mpsc::channel();
     let (sender, _recorded) = mpsc::channel();
-    let backend = Gated { inner: FakeBackend::new(1, 50, 4), gate };
+    let inner = FakeBackend::new(1, 50, 4);
+    let backend = Gated { inner, gate, arrived: Arc::default() };
     let (handle, running) = start(backend, config(50), Recorder(sender)).unwrap();
     let mut submitted = submit(&handle, request(&handle, 4, 50, 1)).unwrap();
     open.send(true).unwrap();
@@ -333,19 +348,20 @@ fn a_stop_string_ends_one_choice_and_leaves_the_others() {
     let mut submitted = submit(&engine.handle, request(&engine.handle, 4, 600, 2)).unwrap();
     engine.allow(1);
     while !matches!(next(&mut submitted), Some(Event::Token { choice: 1, .. })) {}
-    // The next step was planned before: its token of the choice comes too late.
+    // The next step is planned: its token of the choice comes too late.
+    engine.wait_at_gate(2);
     submitted.finish(1, 1);
     engine.allow(600);
     let heard = rest(&mut submitted);
     let of_stopped = heard.iter().filter(|event| matches!(event, Event::Token { choice: 1, .. }));
-    assert!(of_stopped.count() <= 1, "{heard:?}");
+    assert_eq!(of_stopped.count(), 1, "{heard:?}");
     drop(submitted);
     let recorded = engine.end();
     assert_eq!(ends(&recorded), [(FinishReason::Stop, 1), (FinishReason::Length, 600)]);
     assert_eq!(generated(&recorded), 601, "what came too late is no output");
 }
 
-/// A full queue of commands, a closed channel and the order of both are the engine's: nothing stays counted as waiting.
+/// Whichever comes first, the admission or the cancel: nothing stays counted as waiting.
 #[test]
 fn requests_whose_owner_left_before_they_were_admitted_leave_the_queue() {
     let engine = GatedEngine::start(1, 50);

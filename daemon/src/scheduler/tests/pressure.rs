@@ -45,22 +45,22 @@ fn beams_that_share_their_last_block_take_one_copy_less_than_they_are() {
     bench.expect(&other);
 }
 
-/// A favoured prompt that came when half of the memory was decodes' runs short in the middle and waits for a victim's
-/// blocks: newer sequences may not take of them.
+/// A favoured prompt runs short at its last chunk, because decodes grew, and waits for a victim's blocks: the other
+/// decode may not take of them.
 #[test]
 fn a_sequence_that_waits_for_blocks_in_flight_has_them_in_the_next_step() {
     let mut deferred = 0;
-    for blocks in 31..60 {
-        for head_start in 1..12 {
-            let limits = Limits { max_num_batched_tokens: 8, ..uncached(blocks, 1) };
-            let mut bench = Bench::new(limits, 2);
-            bench.submit(endless(1, 4..8, 24));
-            bench.turns(head_start);
-            bench.submit(Request { priority: -1, ..endless(2, 10..40, 2) });
-            bench.submit(endless(3, 50..51, 10));
-            bench.run();
-            deferred += bench.totals.deferred;
-        }
+    for (blocks, own) in (70..78).flat_map(|blocks| (1..4).map(move |own| (blocks, own))) {
+        let limits = Limits { max_num_batched_tokens: 12, ..uncached(blocks, 1) };
+        let mut bench = Bench::new(limits, 2);
+        bench.submit(endless(1, 4..8, 40));
+        bench.turns(4);
+        bench.submit(endless(3, 50..50 + own, 40));
+        bench.turns(1);
+        bench.submit(Request { priority: -1, ..endless(2, 100..160, 2) });
+        bench.run();
+        assert_eq!(bench.waited_again, 0, "{blocks} blocks, {own} tokens of the victim");
+        deferred += bench.totals.deferred;
     }
     assert!(deferred > 0);
 }
@@ -68,30 +68,23 @@ fn a_sequence_that_waits_for_blocks_in_flight_has_them_in_the_next_step() {
 /// What one beam goes on with is cached: copying that part would take a block that the other beam was promised.
 #[test]
 fn beams_come_back_into_memory_that_just_holds_them() {
-    let mut preempted = 0;
-    for (blocks, own) in (16..28).flat_map(|blocks| (1..30).map(move |own| (blocks, own))) {
-        preempted += bring_beams_back(blocks, own);
-    }
-    assert!(preempted > 0);
-}
-
-/// A search makes way for two favoured requests, and comes back when the one with `own` prompt tokens has ended.
-fn bring_beams_back(blocks: u32, own: u32) -> usize {
-    let mut bench = Bench::new(limits(blocks, 3), 1);
-    let mut search = endless(1, 4..9, 12);
+    let mut bench = Bench::new(limits(4, 8), 1);
+    let mut search = endless(1, 4..6, 6);
     search.decoding = Decoding::Beam(beam(2));
     bench.submit(search.clone());
-    bench.turns(5);
+    bench.turns(3);
     let favoured = |request| Request { priority: -1, ..request };
-    bench.submit(favoured(endless(2, 100..106, 40)));
-    bench.submit(favoured(endless(3, 200..200 + own, 12)));
-    while bench.totals.preemptions == 0 && bench.turn() {}
+    bench.submit(favoured(endless(2, 20..27, 10)));
+    bench.submit(favoured(endless(3, 30..37, 4)));
+    while bench.totals.preemptions == 0 {
+        assert!(bench.turn(), "both grow into the beams' memory");
+    }
     let best = beams_alone(&search, beam(2)).remove(0).tokens;
     let prompt = [&search.prompt[..], &best].concat();
     bench.submit(favoured(Request { prompt: prompt.into(), ..endless(4, 0..1, 1) }));
     bench.run();
+    assert_eq!(bench.totals.preemptions, 2, "the beams went once");
     bench.expect(&search);
-    bench.totals.preemptions
 }
 
 #[test]

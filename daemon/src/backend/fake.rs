@@ -122,7 +122,7 @@ impl FakeBackend {
             let slot = slot as usize;
             assert!(slot >= self.block_size, "the null block is written");
             assert!(written.insert(slot), "slot {slot} is written twice");
-            if slot % self.block_size == 0 {
+            if slot.is_multiple_of(self.block_size) {
                 self.begin(slot / self.block_size);
             }
             self.arena[slot] = Some(token);

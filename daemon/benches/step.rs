@@ -20,16 +20,20 @@ use daemon::scheduler::{Limits, PrefixCaching, Scheduler};
 use rayon::prelude::*;
 
 const SEQUENCES: u32 = 256;
+/// Tokens of a prompt, and of one that waits for memory.
+const PROMPT: u32 = 100;
+const HEAD_PROMPT: u32 = 32_000;
+const BLOCKS: u32 = 40_000;
 const LOGIT_ROWS: usize = 64;
 
 fn params() -> Params {
     Params { seed: 1, ..Params::greedy() }
 }
 
-fn request(id: u32, params: Params) -> Arc<Request> {
+fn request(id: u32, prompt: u32, params: Params) -> Arc<Request> {
     Arc::new(Request {
         id: RequestId(u64::from(id)),
-        prompt: (0..100).map(|i| TokenId(id * 100 + i)).collect(),
+        prompt: (0..prompt).map(|i| TokenId(id * 100 + i)).collect(),
         decoding: Decoding::Sample { params: Arc::new(params), choices: NonZeroU32::MIN },
         max_tokens: NonZeroU32::MIN.saturating_add(2000),
         stop_tokens: Arc::new([]),
@@ -39,34 +43,74 @@ fn request(id: u32, params: Params) -> Arc<Request> {
     })
 }
 
-/// Schedules, flattens and commits steps of [`SEQUENCES`] decodes; the mean of the last 500.
-fn scheduling() -> Option<Duration> {
-    let limits = Limits {
-        max_num_seqs: SEQUENCES,
-        max_num_batched_tokens: 8192,
-        block_size: BlockSize(NonZeroU32::new(16)?),
-        blocks: 40_000,
-        watermark_blocks: 0,
-        max_attended: usize::MAX,
-        prefix_caching: PrefixCaching::Enabled,
-    };
-    let mut scheduler = Scheduler::new(limits, [1; 32]);
-    (0..SEQUENCES).for_each(|id| scheduler.submit(request(id, params())));
-    let (mut step, mut batch, mut output) = (Step::default(), Batch::default(), Output::default());
-    let mut spent = Duration::ZERO;
-    for round in 0..600 {
-        let started = Instant::now();
-        scheduler.schedule(&mut step);
-        batch.fill(&step, limits.block_size);
-        let token = |(index, _)| Drawn::Token { token: TokenId(index), logprobs: None };
-        output.drawn.extend((0..).zip(&step.draws).map(token));
-        scheduler.commit(&step, &mut output);
-        scheduler.take_effects().for_each(|effect| drop(black_box(effect)));
-        if round >= 100 {
-            spent += started.elapsed();
+/// What one step costs.
+#[derive(Debug, Clone, Copy)]
+struct StepCost {
+    time: Duration,
+    allocations: f64,
+}
+
+/// A scheduler and all that a step fills.
+struct Stepping {
+    scheduler: Scheduler,
+    size: BlockSize,
+    step: Step,
+    batch: Batch,
+    output: Output,
+}
+
+impl Stepping {
+    /// [`SEQUENCES`] decodes and, behind them, `waiting` requests of which the first lacks memory for its long prompt.
+    fn new(waiting: u32) -> Option<Self> {
+        let size = BlockSize(NonZeroU32::new(16)?);
+        // Between nothing and the head's blocks is free all along, so that each step looks the head up.
+        let taken = SEQUENCES as usize * size.blocks_for(PROMPT as usize);
+        let free = size.blocks_for(HEAD_PROMPT as usize) - 100;
+        let limits = Limits {
+            max_num_seqs: 2 * SEQUENCES,
+            max_num_batched_tokens: 32 * SEQUENCES as usize * size.tokens(),
+            block_size: size,
+            blocks: BLOCKS,
+            watermark_blocks: BLOCKS as usize - taken - free,
+            max_attended: usize::MAX,
+            prefix_caching: PrefixCaching::Enabled,
+        };
+        let mut scheduler = Scheduler::new(limits, [1; 32]);
+        (0..SEQUENCES).for_each(|id| scheduler.submit(request(id, PROMPT, params())));
+        let (step, batch, output) = (Step::default(), Batch::default(), Output::default());
+        let mut stepping = Self { scheduler, size, step, batch, output };
+        stepping.advance(10);
+        let prompt = |index| if index == 0 { HEAD_PROMPT } else { PROMPT };
+        (0..waiting).for_each(|index| {
+            stepping.scheduler.submit(request(SEQUENCES + index, prompt(index), params()));
+        });
+        stepping.advance(10);
+        Some(stepping)
+    }
+
+    /// Schedules, flattens and commits `steps` steps.
+    fn advance(&mut self, steps: u32) {
+        for _ in 0..steps {
+            self.scheduler.schedule(&mut self.step);
+            self.batch.fill(&self.step, self.size);
+            let token = |(index, _)| Drawn::Token { token: TokenId(index), logprobs: None };
+            self.output.drawn.extend((0..).zip(&self.step.draws).map(token));
+            self.scheduler.commit(&self.step, &mut self.output);
+            self.scheduler.take_effects().for_each(|effect| drop(black_box(effect)));
         }
     }
-    Some(spent / 500)
+}
+
+/// The means of 40 steps each; the free blocks last for no more.
+fn scheduling(waiting: u32) -> Option<StepCost> {
+    let mut stepping = Stepping::new(waiting)?;
+    let started = Instant::now();
+    stepping.advance(40);
+    let time = started.elapsed() / 40;
+    let counted = allocation_counter::measure(|| stepping.advance(40));
+    let allocations = counted.count_total as f64 / 40.0;
+    assert_eq!(stepping.scheduler.n_waiting(), waiting as usize, "the head stays blocked");
+    Some(StepCost { time, allocations })
 }
 
 fn best(mut work: impl FnMut()) -> Duration {
@@ -132,7 +176,7 @@ fn sampling(vocab: usize, shape: Shape) {
         let mut rows = Rows::new(LOGIT_ROWS, vocab);
         let row = |index: usize| RowId(u32::try_from(index).unwrap_or_default());
         for index in 0..LOGIT_ROWS {
-            let request = request(0, params.clone());
+            let request = request(0, PROMPT, params.clone());
             let history = Arc::clone(&request.prompt);
             rows.apply(&RowChange::Admit { row: row(index), request, choice: 0, history });
         }
@@ -176,15 +220,18 @@ fn named_text() -> Option<Arc<Text>> {
 
 fn print_step(what: &str, took: Duration) {
     println!(
-        "{:<34}{:>12.1} us a step",
+        "{:<48}{:>12.1} us a step",
         format!("{what}, {SEQUENCES} decodes"),
         took.as_secs_f64() * 1e6
     );
 }
 
 fn main() {
-    if let Some(took) = scheduling() {
-        print_step("schedule + commit", took);
+    for waiting in [0, 10_000] {
+        if let Some(StepCost { time, allocations }) = scheduling(waiting) {
+            print_step(&format!("schedule + commit, {waiting} wait"), time);
+            println!("  {allocations:<32.1} allocations a step");
+        }
     }
     match named_text() {
         Some(text) => print_step("detokenize", detokenizing(&text)),

@@ -1,6 +1,7 @@
 //! What the fuzzers run, and what replays their corpus as plain tests. Every function takes any bytes and must not
 //! panic, hang or take memory out of proportion. Not part of the interface.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
@@ -11,6 +12,7 @@ use crate::api::error::ApiError;
 use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded};
 use crate::api::{chat, completions};
 use crate::engine::handle::{Capacity, Handle};
+use crate::kv::BlockSize;
 use crate::metrics::Metrics;
 use crate::model::files::named_in_index;
 use crate::model::text::{ChatRequest, Text, render_template};
@@ -100,8 +102,9 @@ static STATE: LazyLock<ApiState> = LazyLock::new(|| {
     let limits = ApiLimits::with_body_bytes(1 << 20);
     let state = ApiState::new(vec!["tiny".to_owned()], vec![], limits, CacheScope::Key, metrics);
     let text = Arc::new(Text::from_gguf(&vocabulary()).expect("a constant vocabulary"));
+    let block_size = BlockSize(NonZeroU32::MIN.saturating_add(15));
     let capacity =
-        Capacity { max_model_len: MAX_MODEL_LEN, max_num_seqs: 64, block_size: 16, blocks: 64 };
+        Capacity { max_model_len: MAX_MODEL_LEN, max_num_seqs: 64, block_size, blocks: 64 };
     let longest_token = crate::api::ask::longest_token(&text);
     let handle = Handle::detached(capacity);
     state.set_loaded(Loaded {

@@ -395,10 +395,9 @@ impl Metrics {
         self.gauges.waiting_for_capacity.set(stats.waiting as f64);
         self.blocks(&stats.blocks);
         let tokens = &self.tokens;
-        tokens.prompt.inc_by(stats.prefix_queries as u64);
-        tokens
-            .computed
-            .inc_by((stats.prefix_queries - stats.prefix_hits.min(stats.prefix_queries)) as u64);
+        let prompt_tokens = stats.prefix_queries + stats.unqueried_tokens;
+        tokens.prompt.inc_by(prompt_tokens as u64);
+        tokens.computed.inc_by((prompt_tokens - stats.prefix_hits.min(prompt_tokens)) as u64);
         for counter in [&tokens.hit, &tokens.cached, &tokens.cached_on_device, &tokens.hits] {
             counter.inc_by(stats.prefix_hits as u64);
         }

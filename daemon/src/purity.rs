@@ -20,6 +20,10 @@ const FORBIDDEN: [&str; 14] = [
     "std::env",
 ];
 
+/// One thread owns the engine: nothing in these rooms is shared under a lock.
+const UNLOCKED: [&str; 4] = ["kv", "scheduler", "sampling", "engine"];
+const LOCKS: [&str; 2] = ["Mutex", "RwLock"];
+
 /// Arithmetic over a row of logits in the widest instructions: a function of its arguments, the same bits everywhere.
 const EXCEPTION: (&str, &str) = ("sampling/survey.rs", "kernels::");
 
@@ -33,19 +37,40 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-#[test]
-fn pure_rooms_mention_nothing_impure() {
+fn sources_of(rooms: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for room in PURE {
+    for room in rooms {
         sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(room), &mut found);
     }
+    found
+}
+
+/// The file's lines that are not comments alone.
+fn code_of(path: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap();
+    let is_code = |line: &&str| !line.trim_start().starts_with("//");
+    text.lines().filter(is_code).map(str::to_owned).collect()
+}
+
+#[test]
+fn pure_rooms_mention_nothing_impure() {
+    let found = sources_of(&PURE);
     assert!(found.len() > 15, "the rooms have moved: {found:?}");
     for path in found {
-        let text = std::fs::read_to_string(&path).unwrap();
-        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-        for (line, word) in code.flat_map(|line| FORBIDDEN.map(|word| (line, word))) {
+        for (line, word) in code_of(&path).iter().flat_map(|line| FORBIDDEN.map(|w| (line, w))) {
             let allowed = path.ends_with(EXCEPTION.0) && word == EXCEPTION.1;
             assert!(allowed || !line.contains(word), "{} mentions {word}: {line}", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_engines_rooms_hold_no_lock() {
+    let found = sources_of(&UNLOCKED);
+    assert!(found.iter().any(|path| path.ends_with("engine/run.rs")), "{found:?}");
+    for path in found {
+        for (line, word) in code_of(&path).iter().flat_map(|line| LOCKS.map(|w| (line, w))) {
+            assert!(!line.contains(word), "{} mentions {word}: {line}", path.display());
         }
     }
 }

@@ -128,6 +128,19 @@ pub struct Beam {
 }
 
 impl Request {
+    /// The number of answers that are told one by one: a beam search tells all of its beams as one.
+    pub fn choices(&self) -> NonZeroU32 {
+        match &self.decoding {
+            Decoding::Sample { choices, .. } => *choices,
+            Decoding::Beam(_) => NonZeroU32::MIN,
+        }
+    }
+
+    /// Most tokens of a choice that need KV: its last one does not.
+    pub fn longest(&self) -> usize {
+        self.prompt.len() + self.max_tokens.get() as usize - 1
+    }
+
     /// The number of sequences that this request may hold at once.
     pub fn width(&self) -> NonZeroU32 {
         match &self.decoding {

@@ -164,7 +164,7 @@ impl Gather {
                 self.choices.iter_mut().for_each(|own| own.ended = true);
                 Some(Update::Beams(self.beams(beams)))
             }
-            Event::Token { choice, token, logprobs } => {
+            Event::Token { choice, token, logprobs, .. } => {
                 let logprob = logprobs.as_ref().map_or(0.0, |logprobs| logprobs.token.logprob);
                 let delta = self.token(choice, token, logprob)?;
                 let logprobs = logprobs.filter(|_| self.wants_logprobs).map(|boxed| *boxed);

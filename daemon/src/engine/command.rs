@@ -1,7 +1,7 @@
 //! What can be said to the engine, and what it says back.
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 
@@ -41,8 +41,11 @@ pub enum Event {
         token: TokenId,
         /// Present when the request's parameters ask for it.
         logprobs: Option<Box<TokenLogprobs>>,
+        /// When the engine had it, however late it is read. Equal for all tokens of a step.
+        at: Instant,
     },
     /// The choice gave its memory back; `recomputed_tokens` will be computed again. No token is lost or repeated.
+    /// An owner that reads slowly is told of several at once.
     Preempted { choice: u32, recomputed_tokens: u32 },
     /// The finished beams, best first, at most the request's width.
     Beams(Vec<Beam>),
@@ -54,8 +57,15 @@ pub enum Event {
     },
 }
 
-/// How many events a request can cause at most, so that a queue of this size is never full.
+/// How many events beside preemptions a request causes at most: its tokens and ends, log-probabilities of its prompt
+/// in as many parts as there are tokens, its admission, its beams.
+pub(crate) fn certain_events(request: &Request) -> usize {
+    let choices = request.choices().get() as usize;
+    choices * (request.max_tokens.get() as usize + 1) + request.prompt.len() + 2
+}
+
+/// The length of a request's queue: never full of what must be told, with some room for preemptions.
 pub(crate) fn event_capacity(request: &Request) -> usize {
-    let per_choice = |max_tokens: NonZeroU32| max_tokens.get() as usize * 2 + 4;
-    request.width().get() as usize * per_choice(request.max_tokens) + request.prompt.len() + 4
+    let width = request.width().get() as usize;
+    certain_events(request) + width * (request.max_tokens.get() as usize + 4)
 }

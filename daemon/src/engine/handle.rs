@@ -3,12 +3,13 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
 use super::command::{Command, Event, event_capacity};
+use crate::kv::BlockSize;
 use crate::request::{Request, RequestId};
 
 /// What the queue takes before it answers "full".
@@ -34,7 +35,7 @@ pub enum State {
 pub struct Capacity {
     pub max_model_len: u32,
     pub max_num_seqs: u32,
-    pub block_size: u32,
+    pub block_size: BlockSize,
     /// Blocks of the pool without the null block.
     pub blocks: u32,
 }
@@ -215,12 +216,12 @@ impl Handle {
             self.shared.progressed();
         }
         let command = Command::Submit { request: Arc::new(request), events: sender };
-        if self.commands.try_send(command).is_err() {
+        if let Err(error) = self.commands.try_send(command) {
             self.shared.in_flight.fetch_sub(1, Ordering::Relaxed);
             self.shared.left_queue(prompt_tokens);
-            return Err(match self.state() {
-                State::Stopped => Refused::Stopped,
-                State::Ready | State::Draining => self.too_many_requests(),
+            return Err(match error {
+                TrySendError::Disconnected(_) => Refused::Stopped,
+                TrySendError::Full(_) => self.too_many_requests(),
             });
         }
         Ok(Submitted { id, events, commands: self.commands.clone() })
@@ -332,5 +333,26 @@ impl Drop for Submitted {
     /// A full command queue loses the command: the engine then sees the closed channel at its next event.
     fn drop(&mut self) {
         let _ = self.commands.try_send(Command::Cancel(self.id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::TokenId;
+    use std::num::NonZeroU32;
+
+    /// The loop drops its end of the commands a moment before it says that it has stopped.
+    #[test]
+    fn a_dead_engine_says_so_and_never_that_its_queue_is_full() {
+        let block_size = BlockSize(NonZeroU32::MIN);
+        let capacity = Capacity { max_model_len: 9, max_num_seqs: 1, block_size, blocks: 9 };
+        let handle = Handle::detached(capacity);
+        handle.state.send_replace(State::Ready);
+        let request = crate::scheduler::tests::sample(1, [TokenId(1)].into(), 1, 1);
+        let refused = handle.submit(vec![request]);
+        assert!(matches!(refused, Err(Refused::Stopped)), "{refused:?}");
+        assert_eq!(handle.in_flight(), 0);
+        assert_eq!(handle.shared.waiting_tokens.load(Ordering::Relaxed), 0);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::clients::{Clients, Delivered, Left};
+use super::clients::{Clients, Fact, Left};
 use super::command::Command;
 use super::handle::{Capacity, Handle, QueueLimits, Shared, State};
 use super::stats::{BlockStats, Record, StepStats};
@@ -21,6 +21,9 @@ use crate::scheduler::{Limits, Scheduler};
 
 /// Commands beside one for each request that the queue takes: cancels and stops of running requests.
 const SPARE_COMMANDS: usize = 4096;
+
+/// Most commands that wait for the loop, however long the queue of requests: their places are allocated at once.
+const MAX_COMMANDS: usize = 1 << 16;
 
 /// What an engine is started with.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +77,8 @@ struct Engine<B, R> {
     output: Output,
     stats: StepStats,
     discarded_before: usize,
+    /// Tokens that were reported as output before their choice turned out to have ended: to be taken off what comes.
+    surplus_tokens: usize,
     step_ended: Instant,
 }
 
@@ -86,13 +91,14 @@ pub fn start<B: Backend + 'static, R: Record + 'static>(
     config: EngineConfig,
     recorder: R,
 ) -> std::io::Result<(Handle, Running)> {
-    let (sender, commands) = sync_channel(config.queue.requests.get() + SPARE_COMMANDS);
+    let n_commands = config.queue.requests.get().saturating_add(SPARE_COMMANDS);
+    let (sender, commands) = sync_channel(n_commands.min(MAX_COMMANDS));
     let shared = Arc::new(Shared::new());
     let (state, _) = watch::channel(State::Ready);
     let capacity = Capacity {
         max_model_len: config.max_model_len,
         max_num_seqs: config.limits.max_num_seqs,
-        block_size: config.limits.block_size.0.get(),
+        block_size: config.limits.block_size,
         blocks: config.limits.blocks,
     };
     let handle = Handle::new(sender, Arc::clone(&shared), state.clone(), config.queue, capacity);
@@ -110,6 +116,7 @@ pub fn start<B: Backend + 'static, R: Record + 'static>(
         output: Output::default(),
         stats: StepStats::default(),
         discarded_before: 0,
+        surplus_tokens: 0,
         step_ended: Instant::now(),
     };
     let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
@@ -170,9 +177,10 @@ impl<B: Backend, R: Record> Engine<B, R> {
             Command::Cancel(id) => self.remove(id, FinishReason::Abort),
             Command::Finish { id, choice, output_tokens } => {
                 self.scheduler.finish(id, choice);
-                if let Some((stats, last)) = self.clients.finish(id, choice, output_tokens) {
-                    self.recorder.choice(&stats);
-                    self.ended(last);
+                if let Some(stopped) = self.clients.finish(id, choice, output_tokens) {
+                    self.surplus_tokens += stopped.surplus_tokens;
+                    self.recorder.choice(&stopped.stats);
+                    self.ended(stopped.last);
                 }
             }
         }
@@ -229,18 +237,20 @@ impl<B: Backend, R: Record> Engine<B, R> {
         Ok(())
     }
 
-    /// Tells the owners what happened. Never waits: a queue of events is never full, a closed one cancels its request.
+    /// Tells the owners what happened. Never waits; a closed queue of events cancels its request.
     fn deliver(&mut self) {
+        let now = Instant::now();
         let mut gone: Vec<RequestId> = Vec::new();
         let mut ended = Vec::new();
         for effect in self.scheduler.take_effects() {
-            match self.clients.deliver(effect) {
-                Delivered::Told => {}
-                Delivered::Token => self.stats.generated_tokens += 1,
-                Delivered::Admitted { prompt_tokens } => self.shared.left_queue(prompt_tokens),
-                Delivered::Ended { stats, last } => ended.push((stats, last)),
-                Delivered::Gone(id) => gone.push(id),
+            let delivered = self.clients.deliver(effect, now);
+            match delivered.fact {
+                Fact::Nothing => {}
+                Fact::Tokens(tokens) => self.stats.generated_tokens += tokens,
+                Fact::Admitted { prompt_tokens } => self.shared.left_queue(prompt_tokens),
+                Fact::Ended { stats, last } => ended.push((stats, last)),
             }
+            gone.extend(delivered.gone);
         }
         for (stats, last) in ended {
             self.recorder.choice(&stats);
@@ -276,6 +286,8 @@ impl<B: Backend, R: Record> Engine<B, R> {
     fn report(&mut self, step: &Step) {
         let counts = step.counts;
         let discarded = self.scheduler.discarded_tokens();
+        let surplus = self.surplus_tokens.min(self.stats.generated_tokens);
+        self.surplus_tokens -= surplus;
         let stats = StepStats {
             running: self.scheduler.n_running(),
             waiting: self.scheduler.n_waiting(),
@@ -287,8 +299,10 @@ impl<B: Backend, R: Record> Engine<B, R> {
             recomputed_tokens: counts.recomputed_tokens,
             forked_blocks: counts.forked_blocks,
             prefix_copied_slots: counts.prefix_copied_slots,
-            discarded_tokens: discarded - self.discarded_before,
+            discarded_tokens: discarded - self.discarded_before + surplus,
+            generated_tokens: self.stats.generated_tokens - surplus,
             prefix_queries: counts.prefix_queries,
+            unqueried_tokens: counts.unqueried_tokens,
             prefix_hits: counts.prefix_hits,
             ..self.stats
         };

@@ -23,12 +23,15 @@ pub struct StepStats {
     /// Copy-on-write: blocks copied for forks, and slots copied from cached blocks into new ones.
     pub forked_blocks: usize,
     pub prefix_copied_slots: usize,
-    /// Tokens drawn for sequences that had already ended.
+    /// Tokens drawn for sequences that had already ended, and those of earlier steps that came after a stop string.
     pub discarded_tokens: usize,
+    /// Prompt tokens of requests admitted in this step that were not looked up: with caching off, or because their
+    /// log-probabilities are wanted.
+    pub unqueried_tokens: usize,
     /// Prefix-cache queries and hits of the requests admitted in this step, in tokens.
     pub prefix_queries: usize,
     pub prefix_hits: usize,
-    /// Output tokens delivered by this step.
+    /// Output tokens delivered by this step, less those of earlier steps that came after a stop string.
     pub generated_tokens: usize,
     /// Host time of scheduling, committing and delivering, without the backend's.
     pub host_time: Duration,

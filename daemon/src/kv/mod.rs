@@ -6,7 +6,7 @@ mod prefix;
 mod table;
 
 pub use capacity::{KvBudget, plan_blocks};
-pub use pool::{BlockPool, ChainedKey, OutOfBlocks, PoolUsage, SharedPrefix, SharedPrefixCopy};
+pub use pool::{BlockCopy, BlockPool, ChainedKey, OutOfBlocks, PoolUsage, SharedPrefix, Write};
 pub use prefix::{BlockKey, PrefixHasher};
 pub use table::BlockTable;
 

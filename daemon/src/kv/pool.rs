@@ -11,6 +11,9 @@ use crate::request::TokenId;
 /// Children of one cached block that are compared with a prompt when it shares only a part of one of them.
 const MAX_COMPARED_CHILDREN: usize = 64;
 
+/// Children that are looked at for those: the newest ones, of the step that is planned, cannot be copied yet.
+const MAX_VISITED_CHILDREN: usize = 1024;
+
 /// Not enough blocks now. An ordinary answer: the caller waits or preempts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{needed} blocks are needed, {free} are free")]
@@ -25,6 +28,29 @@ pub struct SharedPrefix {
     pub block: BlockId,
     /// Slots of it, from the first, that hold the prompt's next tokens.
     pub slots: usize,
+}
+
+/// The first `slots` slots of block `from` are copied over those of block `to`, in all layers.
+/// All copies of a batch happen before anything of the batch is computed, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockCopy {
+    pub from: BlockId,
+    pub to: BlockId,
+    pub slots: u32,
+}
+
+impl BlockCopy {
+    fn of(from: BlockId, to: BlockId, slots: usize) -> Self {
+        Self { from, to, slots: u32::try_from(slots).unwrap_or(u32::MAX) }
+    }
+}
+
+/// Positions `computed..tokens` of a table, which are to be written.
+#[derive(Debug, Clone, Copy)]
+pub struct Write<'a> {
+    pub table: &'a BlockTable,
+    pub computed: usize,
+    pub tokens: usize,
 }
 
 /// How the blocks are used; `used + cached + free` is `total`.
@@ -64,8 +90,9 @@ struct Published {
     parent: BlockKey,
     /// The step that computes its last slot.
     step: StepId,
-    /// The next block with the same parent.
-    sibling: Option<BlockId>,
+    /// The blocks with the same parent that were published next and last before this one.
+    newer: Option<BlockId>,
+    older: Option<BlockId>,
 }
 
 /// Owns every block. Invariant: free + cached + referenced (or fenced) = total, and no block is written by two owners.
@@ -76,7 +103,8 @@ pub struct BlockPool {
     /// Tokens of published blocks, [blocks, block size].
     tokens: Vec<TokenId>,
     by_key: HashMap<BlockKey, BlockId>,
-    first_child: HashMap<BlockKey, BlockId>,
+    /// The child that was published last; the others follow by [`Published::older`].
+    newest_child: HashMap<BlockKey, BlockId>,
     /// Blocks whose references ended while a step in flight may still write them, oldest step first.
     fenced: VecDeque<(StepId, BlockId)>,
     n_free: usize,
@@ -101,8 +129,8 @@ impl BlockPool {
             size,
             records: (0..=blocks).map(record).collect(),
             tokens: vec![TokenId(0); n_records * size.tokens()],
-            by_key: HashMap::new(),
-            first_child: HashMap::new(),
+            by_key: HashMap::with_capacity(blocks as usize),
+            newest_child: HashMap::with_capacity(blocks as usize),
             fenced: VecDeque::new(),
             n_free: 0,
             n_cached: 0,
@@ -152,10 +180,27 @@ impl BlockPool {
         }
     }
 
-    /// New blocks (copies included) that writing positions `computed..tokens` of the table takes.
-    pub fn blocks_to_extend(&self, table: &BlockTable, computed: usize, tokens: usize) -> usize {
-        let copy = usize::from(tokens > computed && self.tail_is_shared(table, computed));
-        self.size.blocks_for(tokens).saturating_sub(table.len()) + copy
+    /// New blocks (copies included) that all of `writes` take together.
+    pub fn blocks_to_write<'a>(&self, writes: impl Iterator<Item = Write<'a>>) -> usize {
+        let mut shared_tails = Vec::new();
+        let mut new_blocks = 0;
+        for Write { table, computed, tokens } in writes {
+            new_blocks += self.size.blocks_for(tokens).saturating_sub(table.len());
+            if tokens > computed {
+                shared_tails.extend(self.shared_tail(table, computed));
+            }
+        }
+        new_blocks + self.copies_of(shared_tails)
+    }
+
+    /// Every owner that writes into a shared block copies it, but the last one left has it for itself.
+    fn copies_of(&self, mut written: Vec<BlockId>) -> usize {
+        written.sort_unstable();
+        let copies = |owners: &[BlockId]| {
+            let others = self.references(owners[0]) as usize - 1;
+            owners.len().min(others)
+        };
+        written.chunk_by(|a, b| a == b).map(copies).sum()
     }
 
     /// Makes positions `computed..tokens` of the table writable, or changes nothing.
@@ -169,18 +214,18 @@ impl BlockPool {
         table: &mut BlockTable,
         computed: usize,
         tokens: usize,
-    ) -> Result<Option<SharedPrefixCopy>, OutOfBlocks> {
-        let needed = self.blocks_to_extend(table, computed, tokens);
+    ) -> Result<Option<BlockCopy>, OutOfBlocks> {
+        let needed = self.blocks_to_write([Write { table, computed, tokens }].into_iter());
         if needed > self.n_free {
             return Err(OutOfBlocks { needed, free: self.n_free });
         }
-        let copy = (tokens > computed && self.tail_is_shared(table, computed)).then(|| {
-            let entry = self.size.full_blocks(computed);
-            let (from, to) = (table.blocks[entry], self.take());
-            table.blocks[entry] = to;
+        let shared = self.shared_tail(table, computed).filter(|_| tokens > computed);
+        let copy = shared.map(|from| {
+            let (to, slots) = (self.take(), self.size.tail(computed));
+            table.blocks[self.size.full_blocks(computed)] = to;
             self.release_block(from);
-            self.fill(to, self.size.tail(computed));
-            SharedPrefixCopy { from, to, slots: self.size.tail(computed) }
+            self.fill(to, slots);
+            BlockCopy::of(from, to, slots)
         });
         while table.len() < self.size.blocks_for(tokens) {
             let block = self.take();
@@ -192,7 +237,8 @@ impl BlockPool {
 
     /// A second table over the first `tokens` tokens of `table`. Shared blocks are copied when one owner writes.
     pub fn fork(&mut self, table: &BlockTable, tokens: usize) -> BlockTable {
-        let blocks = table.blocks[..self.size.blocks_for(tokens)].to_vec();
+        let mut blocks = Vec::with_capacity(table.blocks.capacity());
+        blocks.extend_from_slice(&table.blocks[..self.size.blocks_for(tokens)]);
         blocks.iter().for_each(|&block| self.reference(block));
         BlockTable { blocks }
     }
@@ -235,9 +281,10 @@ impl BlockPool {
     }
 
     /// A table over the cached blocks of `keys`, all of which must be cached ([`BlockPool::hits`]).
-    pub fn share(&mut self, keys: &[BlockKey]) -> BlockTable {
-        let blocks: Vec<BlockId> =
-            keys.iter().filter_map(|key| self.by_key.get(key).copied()).collect();
+    /// It grows to `most` blocks without an allocation.
+    pub fn share(&mut self, keys: &[BlockKey], most: usize) -> BlockTable {
+        let mut blocks = Vec::with_capacity(most);
+        blocks.extend(keys.iter().filter_map(|key| self.by_key.get(key)));
         debug_assert_eq!(blocks.len(), keys.len(), "every key was a hit");
         blocks.iter().for_each(|&block| self.reference(block));
         BlockTable { blocks }
@@ -250,16 +297,14 @@ impl BlockPool {
         tokens: &[TokenId],
         step: StepId,
     ) -> Option<SharedPrefix> {
-        let mut child = self.first_child.get(&parent).copied();
+        let computed = |block: &BlockId| self.published(*block).is_some_and(|p| p.step < step);
         let mut best: Option<SharedPrefix> = None;
-        for _ in 0..MAX_COMPARED_CHILDREN {
-            let Some(block) = child else { break };
-            let published = self.records[block.index()].published?;
+        let candidates = self.children(parent).take(MAX_VISITED_CHILDREN).filter(computed);
+        for block in candidates.take(MAX_COMPARED_CHILDREN) {
             let slots = self.common_tokens(block, tokens);
-            if published.step < step && slots > best.map_or(0, |best| best.slots) {
+            if slots > best.map_or(0, |best| best.slots) {
                 best = Some(SharedPrefix { block, slots });
             }
-            child = published.sibling;
         }
         best
     }
@@ -273,7 +318,7 @@ impl BlockPool {
         &mut self,
         table: &mut BlockTable,
         source: SharedPrefix,
-    ) -> Result<SharedPrefixCopy, OutOfBlocks> {
+    ) -> Result<BlockCopy, OutOfBlocks> {
         self.reference(source.block);
         if self.n_free == 0 {
             self.release_block(source.block);
@@ -282,7 +327,7 @@ impl BlockPool {
         let to = self.take();
         table.blocks.push(to);
         self.fill(to, source.slots);
-        Ok(SharedPrefixCopy { from: source.block, to, slots: source.slots })
+        Ok(BlockCopy::of(source.block, to, source.slots))
     }
 
     /// Ends the reference that [`BlockPool::copy_prefix`] holds on its source.
@@ -306,10 +351,12 @@ impl BlockPool {
             .iter_mut()
             .zip(tokens)
             .for_each(|(slot, token)| *slot = token);
-        let sibling = self.first_child.insert(keys.parent, block);
+        let ChainedKey { parent, key } = keys;
+        let older = self.newest_child.insert(parent, block);
+        self.link_sibling(older, |link| link.newer = Some(block));
         self.records[block.index()].published =
-            Some(Published { key: keys.key, parent: keys.parent, step, sibling });
-        self.by_key.insert(keys.key, block);
+            Some(Published { key, parent, step, newer: None, older });
+        self.by_key.insert(key, block);
     }
 
     /// Checks every invariant; for tests and for debug builds when the engine is idle.
@@ -343,13 +390,39 @@ impl BlockPool {
         assert_eq!(cached, self.n_cached, "cached blocks and their count");
         let shared = references.iter().filter(|&&count| count > 1).count();
         assert_eq!(shared, self.n_shared, "shared blocks and their count");
+        let saved: u32 = references.iter().map(|count| count.saturating_sub(1)).sum();
+        assert_eq!(saved as usize, self.n_saved, "references beyond the first and their count");
         let filled: u32 = self.records.iter().filter(|r| r.references > 0).map(|r| r.filled).sum();
         assert_eq!(filled as usize, self.filled_slots, "filled slots and their count");
+        self.check_published();
     }
 
-    fn tail_is_shared(&self, table: &BlockTable, computed: usize) -> bool {
-        let entry = table.blocks.get(self.size.full_blocks(computed));
-        self.size.tail(computed) > 0 && entry.is_some_and(|&block| self.references(block) > 1)
+    /// What is findable by key is what is published, and every published block is once among its parent's children.
+    fn check_published(&self) {
+        let n_published = self.records.iter().filter(|record| record.published.is_some()).count();
+        assert_eq!(n_published, self.by_key.len(), "published blocks and their keys");
+        for (key, &block) in &self.by_key {
+            let published = self.published(block);
+            assert_eq!(published.map(|p| p.key), Some(*key), "the key of block {block:?}");
+        }
+        let mut n_children = 0;
+        for &parent in self.newest_child.keys() {
+            let mut newer = None;
+            for block in self.children(parent) {
+                let published = self.published(block);
+                assert_eq!(published.map(|p| (p.parent, p.newer)), Some((parent, newer)));
+                newer = Some(block);
+                n_children += 1;
+                assert!(n_children <= n_published, "the children of a block are a cycle");
+            }
+        }
+        assert_eq!(n_children, n_published, "published blocks and the children of all");
+    }
+
+    /// The partly filled block at `computed` when others own it too.
+    fn shared_tail(&self, table: &BlockTable, computed: usize) -> Option<BlockId> {
+        let block = *table.blocks.get(self.size.full_blocks(computed))?;
+        (self.size.tail(computed) > 0 && self.references(block) > 1).then_some(block)
     }
 
     fn common_tokens(&self, block: BlockId, tokens: &[TokenId]) -> usize {
@@ -373,23 +446,29 @@ impl BlockPool {
         let Some(published) = self.records[block.index()].published.take() else { return };
         self.by_key.remove(&published.key);
         self.n_cached -= usize::from(self.references(block) == 0);
-        let head = self.first_child.get(&published.parent).copied();
-        if head == Some(block) {
-            match published.sibling {
-                Some(next) => self.first_child.insert(published.parent, next),
-                None => self.first_child.remove(&published.parent),
-            };
-            return;
-        }
-        let mut cursor = head;
-        while let Some(before) = cursor {
-            let Some(link) = &mut self.records[before.index()].published else { break };
-            if link.sibling == Some(block) {
-                link.sibling = published.sibling;
-                break;
-            }
-            cursor = link.sibling;
-        }
+        let Published { parent, newer, older, .. } = published;
+        self.link_sibling(newer, |link| link.older = older);
+        self.link_sibling(older, |link| link.newer = newer);
+        match (newer, older) {
+            (Some(_), _) => None,
+            (None, Some(older)) => self.newest_child.insert(parent, older),
+            (None, None) => self.newest_child.remove(&parent),
+        };
+    }
+
+    fn link_sibling(&mut self, sibling: Option<BlockId>, link: impl FnOnce(&mut Published)) {
+        let record = sibling.map(|block| &mut self.records[block.index()]);
+        record.and_then(|record| record.published.as_mut()).map(link);
+    }
+
+    fn published(&self, block: BlockId) -> Option<&Published> {
+        self.records[block.index()].published.as_ref()
+    }
+
+    /// The cached blocks after `parent`, the one published last first.
+    fn children(&self, parent: BlockKey) -> impl Iterator<Item = BlockId> {
+        let newest = self.newest_child.get(&parent).copied();
+        std::iter::successors(newest, |&block| self.published(block)?.older)
     }
 
     fn reference(&mut self, block: BlockId) {
@@ -471,17 +550,12 @@ impl BlockPool {
     }
 }
 
-/// Slots to copy before the next write: the first `slots` of `from` to those of `to`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SharedPrefixCopy {
-    pub from: BlockId,
-    pub to: BlockId,
-    pub slots: usize,
-}
-
 /// A block's key and that of the block before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChainedKey {
     pub parent: BlockKey,
     pub key: BlockKey,
 }
+
+#[cfg(test)]
+mod tests;

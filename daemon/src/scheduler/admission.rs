@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::sequence::{Running, SequenceKey, Waiting};
+use super::sequence::{Running, Sequence, SequenceKey, Waiting};
 use super::step::{RowChange, Step};
 use super::{Effect, PrefixCaching, Scheduler};
 use crate::kv::{BlockKey, SharedPrefix};
@@ -26,7 +26,13 @@ impl Scheduler {
                 return;
             }
             for &key in &unit {
-                let cached = self.find_cached(key);
+                let blocks = self.hits(key);
+                // The source of a copy stays taken for the step: a block that another member may have been promised.
+                let partial = match unit.len() {
+                    1 => self.find_partial(key, blocks),
+                    _ => None,
+                };
+                let cached = Cached { blocks, partial };
                 if let Some(waiting) = self.waiting.remove(&key) {
                     budget -= self.start(waiting, cached, budget, step);
                 }
@@ -58,14 +64,24 @@ impl Scheduler {
         if rows + self.reserved_rows() > self.free_rows.len() {
             return false;
         }
-        let alone = self.running.is_empty() && self.pool.pending_free() == 0;
-        let mut needed = 0;
-        for key in unit {
-            needed += self.blocks_needed_by(*key, alone);
+        let reserved = self.reserved_blocks();
+        // The last known token is never a hit, so that each takes a block: no look-up is needed to refuse.
+        if self.pool.available() < reserved + unit.len() {
+            return false;
         }
-        let reserved =
-            if alone { 0 } else { self.blocks_outstanding() + self.limits.watermark_blocks };
+        let needed: usize = unit.iter().map(|&key| self.blocks_needed_by(key)).sum();
         needed + reserved <= self.pool.available()
+    }
+
+    fn is_alone(&self) -> bool {
+        self.running.is_empty() && self.pool.pending_free() == 0
+    }
+
+    fn reserved_blocks(&self) -> usize {
+        match self.is_alone() {
+            true => 0,
+            false => self.blocks_outstanding() + self.limits.watermark_blocks,
+        }
     }
 
     /// Rows that running requests will still take: for choices to come and for beams that ended.
@@ -93,43 +109,53 @@ impl Scheduler {
         live.and_then(|live| live.beams.as_ref()).map_or(0, |beams| beams.spare(&sequence.request))
     }
 
-    /// Blocks that the running sequences lack for their known tokens and for the choices to come.
+    /// Blocks that the running sequences lack for their tokens and for the choices to come.
     fn blocks_outstanding(&self) -> usize {
-        let size = self.limits.block_size;
-        let lacks = |running: &Running| {
-            let copies = running.sequence.forks_due as usize
-                * usize::from(size.tail(running.sequence.known()) > 0);
-            size.blocks_for(running.sequence.total()).saturating_sub(running.table.len()) + copies
-        };
-        self.running.iter().map(lacks).sum()
+        let copies = |running: &Running| running.sequence.copies_due(self.limits.block_size);
+        self.pool
+            .blocks_to_write(self.running.iter().map(|running| running.write(running.needed())))
+            + self.running.iter().map(copies).sum::<usize>()
     }
 
     /// Available blocks that a waiting sequence takes for all its known tokens.
-    fn blocks_needed_by(&mut self, key: SequenceKey, alone: bool) -> usize {
-        let size = self.limits.block_size;
-        let hits = self.find_cached(key).blocks;
+    fn blocks_needed_by(&mut self, key: SequenceKey) -> usize {
+        let (size, alone) = (self.limits.block_size, self.is_alone());
+        let hits = self.hits(key);
         let Some(Waiting { sequence }) = self.waiting.get_mut(&key) else { return 0 };
         let revived = self.pool.unreferenced(sequence.keys(&self.hasher, size, hits));
-        let copies = sequence.forks_due as usize * usize::from(size.tail(sequence.known()) > 0);
-        size.blocks_for(sequence.known()) - hits + revived + if alone { 0 } else { copies }
+        let copies = if alone { 0 } else { sequence.copies_due(size) };
+        size.blocks_for(sequence.known()) - hits + revived + copies
     }
 
-    /// Looks a waiting sequence up in the prefix cache. The last known token is always computed.
-    fn find_cached(&mut self, key: SequenceKey) -> Cached {
-        let none = Cached { blocks: 0, partial: None };
-        let Some(Waiting { sequence }) = self.waiting.get_mut(&key) else { return none };
-        if self.limits.prefix_caching == PrefixCaching::Disabled || sequence.needs_scores() {
-            return none;
+    /// Whether a sequence looks into the prefix cache at all.
+    fn may_hit(&self, sequence: &Sequence) -> bool {
+        self.limits.prefix_caching == PrefixCaching::Enabled && !sequence.needs_scores()
+    }
+
+    /// Full blocks of a waiting sequence that are cached. The last known token is always computed.
+    fn hits(&mut self, key: SequenceKey) -> usize {
+        let size = self.limits.block_size;
+        match self.waiting.get(&key) {
+            Some(Waiting { sequence }) if self.may_hit(sequence) => {}
+            Some(_) | None => return 0,
+        }
+        let Some(Waiting { sequence }) = self.waiting.get_mut(&key) else { return 0 };
+        let most = size.full_blocks(sequence.known() - 1);
+        self.pool.hits(sequence.keys(&self.hasher, size, most))
+    }
+
+    /// The block after `hits` blocks that begins with most of what a waiting sequence goes on with.
+    fn find_partial(&self, key: SequenceKey, hits: usize) -> Option<SharedPrefix> {
+        let Waiting { sequence } = self.waiting.get(&key)?;
+        if !self.may_hit(sequence) {
+            return None;
         }
         let size = self.limits.block_size;
-        let most = sequence.known() - 1;
-        let blocks = self.pool.hits(sequence.keys(&self.hasher, size, size.full_blocks(most)));
-        let first = blocks * size.tokens();
+        let (first, most) = (hits * size.tokens(), sequence.known() - 1);
         let next: Vec<TokenId> = (first..most.min(first + size.tokens()))
             .map(|position| sequence.token(position))
             .collect();
-        let partial = self.pool.longest_prefix(sequence.parent_key(blocks), &next, self.next_step);
-        Cached { blocks, partial }
+        self.pool.longest_prefix(sequence.parent_key(hits), &next, self.next_step)
     }
 
     /// Makes a waiting sequence run and computes its first chunk; returns the chunk's tokens.
@@ -147,19 +173,18 @@ impl Scheduler {
         };
         let size = self.limits.block_size;
         let keys: Vec<BlockKey> = sequence.keys(&self.hasher, size, cached.blocks).to_vec();
-        let mut table = self.pool.share(&keys);
+        let mut table = self.pool.share(&keys, size.blocks_for(sequence.request.longest()));
         let mut computed = cached.blocks * size.tokens();
         let source = cached.partial.filter(|_| self.spare_block_for(&sequence, cached.blocks));
         let copy = source.and_then(|source| self.pool.copy_prefix(&mut table, source).ok());
         if let Some(copy) = copy {
             self.pinned.push(copy.from);
-            step.copies.push(super::running::block_copy(copy));
-            step.counts.prefix_copied_slots += copy.slots;
-            computed += copy.slots;
+            step.copies.push(copy);
+            step.counts.prefix_copied_slots += copy.slots as usize;
+            computed += copy.slots as usize;
         }
         self.say_admitted(&mut sequence, computed, step);
-        let capacity = sequence.request.max_tokens.get() as usize - sequence.output.len();
-        sequence.output.reserve_exact(capacity);
+        sequence.reserve(size);
         let (request, choice) = (Arc::clone(&sequence.request), key.member);
         let history = (0..sequence.known()).map(|position| sequence.token(position)).collect();
         self.row_changes.push(RowChange::Admit { row, request, choice, history });
@@ -170,7 +195,8 @@ impl Scheduler {
             table,
             row,
             published,
-            last_step: None,
+            // The step may write the blocks that it shares, even when nothing is left to compute of it.
+            last_step: Some(step.id),
             candidates: None,
         };
         let index = self.running.partition_point(|other| other.sequence.key < key);
@@ -184,19 +210,22 @@ impl Scheduler {
     }
 
     /// Whether a block stays for the source of a copy, which this step may not reuse, beside what the sequence takes.
-    fn spare_block_for(&self, sequence: &super::Sequence, hits: usize) -> bool {
+    fn spare_block_for(&self, sequence: &Sequence, hits: usize) -> bool {
         self.pool.available() > self.limits.block_size.blocks_for(sequence.known()) - hits
     }
 
-    fn say_admitted(&mut self, sequence: &mut super::Sequence, computed: usize, step: &mut Step) {
+    fn say_admitted(&mut self, sequence: &mut Sequence, computed: usize, step: &mut Step) {
         // What was copied or shared is not computed again.
         sequence.high_water = sequence.high_water.max(computed);
-        if sequence.cached.is_none() {
-            sequence.cached = Some(computed);
-            step.counts.prefix_queries += sequence.known();
-            step.counts.prefix_hits += computed;
-            self.effects
-                .push(Effect::Admitted { id: sequence.request.id, cached_tokens: computed });
+        if sequence.cached.is_some() {
+            return;
         }
+        sequence.cached = Some(computed);
+        match self.may_hit(sequence) {
+            true => step.counts.prefix_queries += sequence.known(),
+            false => step.counts.unqueried_tokens += sequence.known(),
+        }
+        step.counts.prefix_hits += computed;
+        self.effects.push(Effect::Admitted { id: sequence.request.id, cached_tokens: computed });
     }
 }

@@ -37,21 +37,28 @@ impl Limits {
 }
 
 #[cfg(test)]
+impl Limits {
+    /// A pool of `blocks` and nothing that is tight beside it.
+    pub(crate) fn small(blocks: u32, block_size: u32) -> Self {
+        Self {
+            max_num_seqs: 16,
+            max_num_batched_tokens: 64,
+            block_size: BlockSize(block_size.try_into().expect("a size that is not 0")),
+            blocks,
+            watermark_blocks: 0,
+            max_attended: usize::MAX,
+            prefix_caching: PrefixCaching::Enabled,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use std::num::NonZeroU32;
 
     #[test]
     fn chunks_shrink_with_their_context_but_never_to_nothing() {
-        let limits = Limits {
-            max_num_seqs: 1,
-            max_num_batched_tokens: 1,
-            block_size: BlockSize(NonZeroU32::MIN),
-            blocks: 1,
-            watermark_blocks: 0,
-            max_attended: 10_000,
-            prefix_caching: PrefixCaching::Disabled,
-        };
+        let limits = Limits { max_attended: 10_000, ..Limits::small(1, 1) };
         assert_eq!(limits.chunk_tokens(0), 100);
         assert_eq!(limits.chunk_tokens(900), 10);
         assert_eq!(limits.chunk_tokens(1_000_000), 1);

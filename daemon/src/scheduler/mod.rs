@@ -24,14 +24,13 @@ use beams::BeamGroup;
 use sequence::{Running, Sequence, Waiting};
 use step::{RowChange, RowId, Step};
 
-use crate::kv::{BlockId, BlockPool, BlockTable, PoolUsage, PrefixHasher, StepId};
+use crate::kv::{BlockId, BlockPool, BlockSize, BlockTable, PoolUsage, PrefixHasher, StepId};
 use crate::request::{Beam, Decoding, FinishReason, Request, RequestId, TokenId, TokenLogprobs};
 
 /// The most blocks that the request may need for one schedulable unit:
 /// a beam search moves as one, the choices of a sampled request run one by one if they must.
-pub fn blocks_needed(request: &Request, block_size: u32) -> usize {
-    let longest = request.prompt.len() + request.max_tokens.get() as usize;
-    let per_sequence = longest.div_ceil(block_size as usize);
+pub fn blocks_needed(request: &Request, size: BlockSize) -> usize {
+    let per_sequence = size.blocks_for(request.longest());
     match &request.decoding {
         Decoding::Sample { .. } => per_sequence,
         // One more each: a beam that writes into a shared last block holds the old and the new one for a moment.
@@ -127,9 +126,10 @@ impl Scheduler {
         let arrival = self.next_arrival;
         self.next_arrival += 1;
         let (priority, id) = (request.priority, request.id);
-        let (choices, beams) = match &request.decoding {
-            Decoding::Sample { choices, .. } => (choices.get(), None),
-            Decoding::Beam(params) => (1, Some(BeamGroup::new(*params, &request))),
+        let choices = request.choices().get();
+        let beams = match &request.decoding {
+            Decoding::Sample { .. } => None,
+            Decoding::Beam(params) => Some(BeamGroup::new(*params, &request)),
         };
         let key = SequenceKey { priority, arrival, member: 0 };
         let sequence = Sequence::new(key, Arc::clone(&request), self.hasher.root(request.salt));

@@ -4,17 +4,19 @@ use std::ops::Range;
 
 use super::sequence::Running;
 use super::step::{
-    BlockCopy, Chunk, DrawKind, Input, PromptScore, RowChange, RowId, Step, StepDraw, StepScore,
+    Chunk, DrawKind, Input, PromptScore, RowChange, RowId, Step, StepDraw, StepScore,
 };
 use super::{Effect, Freed, Scheduler};
-use crate::kv::{BlockTable, SharedPrefixCopy};
+use crate::kv::{BlockTable, Write};
 use crate::request::{Decoding, TokenId};
 
 /// Whether a unit can be computed in this step.
 enum Room {
     Made,
-    /// Blocks of a step in flight will do.
-    Later,
+    /// Not now: with the blocks of a step in flight there will be. Until then this many are promised to the unit.
+    Later {
+        promised: usize,
+    },
     /// The unit itself was preempted.
     Lost,
 }
@@ -23,14 +25,18 @@ impl Scheduler {
     /// Gives tokens to running sequences in order; returns what is left of the budget.
     pub(super) fn schedule_running(&mut self, step: &mut Step) -> usize {
         let mut budget = self.limits.max_num_batched_tokens;
-        let mut index = 0;
+        let (mut index, mut promised) = (0, 0);
         let mut chunks = Vec::new();
         while index < self.running.len() {
             let unit = self.unit(index);
             self.chunks_of(unit.clone(), budget, &mut chunks);
-            match self.make_room(unit.clone(), &chunks, step) {
+            match self.make_room(unit.clone(), &chunks, promised, step) {
                 Room::Lost => continue,
-                Room::Later => index = unit.end,
+                Room::Later { promised: more } => {
+                    promised += more;
+                    step.counts.deferred += unit.len();
+                    index = unit.end;
+                }
                 Room::Made => {
                     budget -= chunks.iter().sum::<usize>();
                     index = self.compute_unit(unit, &chunks, step);
@@ -68,23 +74,29 @@ impl Scheduler {
         }
     }
 
-    /// Preempts the last sequences until the unit's chunks fit.
-    fn make_room(&mut self, unit: Range<usize>, chunks: &[usize], step: &mut Step) -> Room {
+    /// Preempts the last sequences until the unit's chunks fit beside what is promised to units before it.
+    fn make_room(
+        &mut self,
+        unit: Range<usize>,
+        chunks: &[usize],
+        promised: usize,
+        step: &mut Step,
+    ) -> Room {
         loop {
             // Counted anew each time: a block that only a victim shared needs no copy any more.
-            let grows = |(running, tokens): (&Running, &usize)| {
-                self.pool.blocks_to_extend(
-                    &running.table,
-                    running.computed,
-                    running.computed + tokens,
-                )
-            };
-            let needed: usize = self.running[unit.clone()].iter().zip(chunks).map(grows).sum();
-            if needed <= self.pool.available() {
-                return Room::Made;
+            let members = self.running[unit.clone()].iter().zip(chunks);
+            let writes = members.map(|(running, tokens)| running.write(running.computed + tokens));
+            let needed = self.pool.blocks_to_write(writes);
+            let soon = self.pool.available() + self.pool.pending_free();
+            if needed + promised <= soon {
+                return match needed <= self.pool.available() {
+                    true => Room::Made,
+                    false => Room::Later { promised: needed },
+                };
             }
-            if needed <= self.pool.available() + self.pool.pending_free() {
-                return Room::Later;
+            if promised > 0 {
+                // Whether anything must go shows when those before it have what they were promised.
+                return Room::Later { promised: 0 };
             }
             let last = self.last_unit();
             self.preempt(last.clone(), step);
@@ -141,7 +153,7 @@ impl Scheduler {
         match self.pool.extend(&mut running.table, start, end) {
             Ok(Some(copy)) => {
                 step.counts.forked_blocks += 1;
-                step.copies.push(block_copy(copy));
+                step.copies.push(copy);
             }
             Ok(None) => {}
             Err(shortage) => {
@@ -194,6 +206,11 @@ impl Scheduler {
 }
 
 impl Running {
+    /// Writing it up to `tokens` tokens.
+    pub(super) fn write(&self, tokens: usize) -> Write<'_> {
+        Write { table: &self.table, computed: self.computed, tokens }
+    }
+
     /// Another member that shares everything computed so far through `table`.
     pub(super) fn fork(&self, member: u32, row: RowId, table: BlockTable) -> Self {
         let sequence = self.sequence.fork(member);
@@ -256,8 +273,4 @@ impl Running {
             position: self.sequence.total(),
         });
     }
-}
-
-pub(super) fn block_copy(copy: SharedPrefixCopy) -> BlockCopy {
-    BlockCopy { from: copy.from, to: copy.to, slots: u32::try_from(copy.slots).unwrap_or(u32::MAX) }
 }

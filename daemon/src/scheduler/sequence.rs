@@ -23,7 +23,7 @@ impl SequenceKey {
 }
 
 /// The tokens of one choice or beam. Invariant: `total = prompt + output + in_flight`.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Sequence {
     pub key: SequenceKey,
     pub request: Arc<Request>,
@@ -66,10 +66,7 @@ pub(super) struct Running {
 impl Sequence {
     /// A new sequence that holds the prompt.
     pub(super) fn new(key: SequenceKey, request: Arc<Request>, root: BlockKey) -> Self {
-        let forks_due = match &request.decoding {
-            Decoding::Sample { choices, .. } => choices.get() - 1,
-            Decoding::Beam(_) => 0,
-        };
+        let forks_due = request.choices().get() - 1;
         let (output, keys) = (Vec::new(), Vec::new());
         Self {
             key,
@@ -87,10 +84,32 @@ impl Sequence {
 
     /// Another member with the same tokens.
     pub(super) fn fork(&self, member: u32) -> Self {
-        let key = SequenceKey { member, ..self.key };
         let mut output = Vec::with_capacity(self.request.max_tokens.get() as usize);
         output.extend_from_slice(&self.output);
-        Self { key, output, forks_due: 0, ..self.clone() }
+        let mut keys = Vec::with_capacity(self.keys.capacity());
+        keys.extend_from_slice(&self.keys);
+        let Self { in_flight, cached, high_water, scored, root, .. } = *self;
+        let (key, request) = (SequenceKey { member, ..self.key }, Arc::clone(&self.request));
+        Self {
+            key,
+            request,
+            output,
+            in_flight,
+            forks_due: 0,
+            cached,
+            high_water,
+            scored,
+            root,
+            keys,
+        }
+    }
+
+    /// Makes room for all that the sequence may come to be, so that its tokens need no allocation.
+    pub(super) fn reserve(&mut self, size: BlockSize) {
+        let (tokens, keys) =
+            (self.request.max_tokens.get() as usize, size.full_blocks(self.request.longest()));
+        self.output.reserve_exact(tokens.saturating_sub(self.output.len()));
+        self.keys.reserve_exact(keys.saturating_sub(self.keys.len()));
     }
 
     /// Tokens whose values are known here.
@@ -116,6 +135,13 @@ impl Sequence {
         self.output.len() + self.in_flight >= self.request.max_tokens.get() as usize
     }
 
+    /// Copies of the prompt's last block that the choices to come take: each writes its own, but one has the original.
+    pub(super) fn copies_due(&self, size: BlockSize) -> usize {
+        // The only token of a choice needs no KV.
+        let writes = self.request.max_tokens.get() > 1 && size.tail(self.request.prompt.len()) > 0;
+        if writes { self.forks_due as usize } else { 0 }
+    }
+
     /// Whether the request is a beam search.
     pub(super) fn is_beam(&self) -> bool {
         matches!(self.request.decoding, Decoding::Beam(_))
@@ -137,6 +163,12 @@ impl Sequence {
         &self.keys[..blocks]
     }
 
+    /// Block keys that were computed.
+    #[cfg(test)]
+    pub(super) fn n_keys(&self) -> usize {
+        self.keys.len()
+    }
+
     /// The key of the block before block `block`, once it was computed by [`Sequence::keys`].
     pub(super) fn parent_key(&self, block: usize) -> BlockKey {
         block.checked_sub(1).map_or(self.root, |before| self.keys[before])
@@ -151,9 +183,12 @@ impl Sequence {
 impl Running {
     /// Tokens still to compute: more than one is prefill, exactly one is decode.
     pub(super) fn pending(&self) -> usize {
-        // The last token that may be drawn needs no KV of its own.
-        let needed = self.sequence.total() - usize::from(self.sequence.is_drawn_out());
-        needed.saturating_sub(self.computed)
+        self.needed().saturating_sub(self.computed)
+    }
+
+    /// Tokens that need KV: the last one that may be drawn does not.
+    pub(super) fn needed(&self) -> usize {
+        self.sequence.total() - usize::from(self.sequence.is_drawn_out())
     }
 
     /// Gives up its memory; the tokens survive, the KV is computed again later.

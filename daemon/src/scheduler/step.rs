@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::sequence::SequenceKey;
+pub use crate::kv::BlockCopy;
 use crate::kv::{BlockId, StepId};
 use crate::request::{Position, Request, TokenId, TokenLogprob, TokenLogprobs};
 
@@ -11,15 +12,6 @@ use crate::request::{Position, Request, TokenId, TokenLogprob, TokenLogprobs};
 /// Less than the engine's `max_num_seqs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RowId(pub u32);
-
-/// The first `slots` slots of block `from` are copied over those of block `to`, in all layers.
-/// All copies of a batch happen before anything of the batch is computed, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockCopy {
-    pub from: BlockId,
-    pub to: BlockId,
-    pub slots: u32,
-}
 
 /// A change to the sampling state, applied in order before the batch is computed.
 #[derive(Debug, Clone)]
@@ -102,9 +94,13 @@ pub struct StepCounts {
     pub recomputed_tokens: usize,
     pub preemptions: usize,
     pub preempted_tokens: usize,
+    /// Sequences that wait for blocks of a step in flight.
+    pub deferred: usize,
     pub forked_blocks: usize,
     pub prefix_copied_slots: usize,
     pub prefix_queries: usize,
+    /// Prompt tokens that were admitted without a look-up.
+    pub unqueried_tokens: usize,
     pub prefix_hits: usize,
 }
 

@@ -1,14 +1,17 @@
 //! The scheduler driven by a fake backend at depth 1 and 2: whatever arrives, is forked, cancelled or preempted,
 //! every request gets the tokens that it would get alone with unlimited memory.
 
-use std::collections::{HashMap, VecDeque};
+mod order;
+mod pressure;
+
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::step::{Output, Step};
-use super::{Effect, Limits, PrefixCaching, Scheduler, blocks_needed};
+use super::{Effect, Limits, PrefixCaching, Scheduler, SequenceKey, blocks_needed};
 use crate::backend::Backend;
 use crate::backend::fake::{FakeBackend, candidates, next_token};
 use crate::kv::BlockSize;
@@ -30,24 +33,22 @@ struct Bench {
     finished: HashMap<(RequestId, u32), FinishReason>,
     beams: HashMap<RequestId, Vec<Beam>>,
     cached: HashMap<RequestId, usize>,
-    scored: HashMap<RequestId, usize>,
+    scored: HashMap<RequestId, Vec<TokenId>>,
+    /// Requests and choices of which nothing more may be heard.
+    cancelled: HashSet<RequestId>,
+    stopped: HashSet<(RequestId, u32)>,
+    /// The first running sequence of the step before, when it waited for blocks.
+    deferred: Option<SequenceKey>,
+    waited_again: usize,
     totals: super::step::StepCounts,
     steps: usize,
 }
 
 fn limits(blocks: u32, block_size: u32) -> Limits {
-    Limits {
-        max_num_seqs: 16,
-        max_num_batched_tokens: 64,
-        block_size: BlockSize(NonZeroU32::new(block_size).unwrap()),
-        blocks,
-        watermark_blocks: 0,
-        max_attended: usize::MAX,
-        prefix_caching: PrefixCaching::Enabled,
-    }
+    Limits::small(blocks, block_size)
 }
 
-fn tokens(values: impl IntoIterator<Item = u32>) -> Arc<[TokenId]> {
+pub(crate) fn tokens(values: impl IntoIterator<Item = u32>) -> Arc<[TokenId]> {
     values.into_iter().map(TokenId).collect()
 }
 
@@ -75,7 +76,7 @@ fn beam(width: u32) -> BeamParams {
 }
 
 /// The output of one choice, computed without any memory.
-fn alone(request: &Request, choice: u32) -> Vec<TokenId> {
+pub(crate) fn alone(request: &Request, choice: u32) -> Vec<TokenId> {
     let mut context = request.prompt.to_vec();
     for _ in 0..request.max_tokens.get() {
         context.push(next_token(&context, choice));
@@ -87,7 +88,7 @@ fn alone(request: &Request, choice: u32) -> Vec<TokenId> {
 }
 
 /// The beams of a search, computed without any memory.
-fn beams_alone(request: &Request, params: BeamParams) -> Vec<Beam> {
+pub(crate) fn beams_alone(request: &Request, params: BeamParams) -> Vec<Beam> {
     let stop_tokens = Arc::clone(&request.stop_tokens);
     let mut search = BeamSearch::new(params, request.prompt.len(), request.max_tokens, stop_tokens);
     let mut live = vec![request.prompt.to_vec()];
@@ -112,6 +113,10 @@ impl Bench {
             beams: HashMap::new(),
             cached: HashMap::new(),
             scored: HashMap::new(),
+            cancelled: HashSet::new(),
+            stopped: HashSet::new(),
+            deferred: None,
+            waited_again: 0,
             totals: super::step::StepCounts::default(),
             steps: 0,
         }
@@ -125,7 +130,12 @@ impl Bench {
     fn turn(&mut self) -> bool {
         if self.in_flight.len() < self.backend.depth() {
             let mut step = Step::default();
-            if self.scheduler.schedule(&mut step) {
+            let before = order::Before::of(&self.scheduler);
+            let scheduled = self.scheduler.schedule(&mut step);
+            before.check(&self.scheduler, &step.counts, self.backend.depth());
+            self.note_deferred(&step);
+            self.totals.deferred += step.counts.deferred;
+            if scheduled {
                 let mut batch = Batch::default();
                 batch.fill(&step, self.size);
                 self.backend.copy_blocks(&step.copies).unwrap();
@@ -150,6 +160,40 @@ impl Bench {
         true
     }
 
+    fn turns(&mut self, n: usize) {
+        for _ in 0..n {
+            self.turn();
+        }
+    }
+
+    /// Counts where the first running sequence waits for blocks in two steps on end: rightly only when its chunk grew.
+    fn note_deferred(&mut self, step: &Step) {
+        let first = self.scheduler.running.first().filter(|_| step.counts.deferred > 0);
+        let waits = |key: &SequenceKey| step.chunks.iter().all(|chunk| chunk.key != *key);
+        let deferred = first.map(|running| running.sequence.key).filter(waits);
+        self.waited_again += usize::from(deferred.is_some() && deferred == self.deferred);
+        self.deferred = deferred;
+    }
+
+    fn cancel(&mut self, id: RequestId) {
+        self.scheduler.cancel(id);
+        self.cancelled.insert(id);
+    }
+
+    /// A stop string was found in what the choice has so far, if it has anything and goes on.
+    fn finish(&mut self, id: RequestId, choice: u32) {
+        let key = (id, choice);
+        if !self.outputs.contains_key(&key)
+            || self.finished.contains_key(&key)
+            || self.cancelled.contains(&id)
+        {
+            return;
+        }
+        self.scheduler.finish(id, choice);
+        self.stopped.insert(key);
+        self.note();
+    }
+
     fn add(&mut self, step: &Step) {
         self.steps += 1;
         let totals = &mut self.totals;
@@ -158,11 +202,17 @@ impl Bench {
         totals.forked_blocks += step.counts.forked_blocks;
         totals.prefix_copied_slots += step.counts.prefix_copied_slots;
         totals.prefix_hits += step.counts.prefix_hits;
+        totals.prefix_queries += step.counts.prefix_queries;
+        totals.unqueried_tokens += step.counts.unqueried_tokens;
     }
 
     fn note(&mut self) {
         self.scheduler.check();
         for effect in self.scheduler.take_effects() {
+            let (id, choice) = owner(&effect);
+            assert!(!self.cancelled.contains(&id), "{effect:?} after the request was cancelled");
+            let stopped = choice.is_some_and(|choice| self.stopped.contains(&(id, choice)));
+            assert!(!stopped, "{effect:?} after a stop string");
             match effect {
                 Effect::Token { id, choice, token, .. } => {
                     assert!(!self.finished.contains_key(&(id, choice)), "a token after the end");
@@ -182,7 +232,8 @@ impl Bench {
                     );
                 }
                 Effect::PromptLogprobs { id, logprobs } => {
-                    *self.scored.entry(id).or_default() += logprobs.len()
+                    let tokens = logprobs.iter().map(|one| one.token.token);
+                    self.scored.entry(id).or_default().extend(tokens);
                 }
                 Effect::Preempted { .. } => {}
             }
@@ -202,8 +253,14 @@ impl Bench {
             Decoding::Sample { choices, .. } => {
                 for choice in 0..choices.get() {
                     let key = (request.id, choice);
-                    assert_eq!(self.outputs[&key], alone(request, choice), "request {key:?}");
-                    assert!(self.finished.contains_key(&key));
+                    let (own, wanted) = (&self.outputs[&key], alone(request, choice));
+                    if self.stopped.contains(&key) {
+                        assert!(wanted.starts_with(own), "request {key:?}");
+                        assert!(!self.finished.contains_key(&key));
+                    } else {
+                        assert_eq!(*own, wanted, "request {key:?}");
+                        assert!(self.finished.contains_key(&key));
+                    }
                 }
             }
             Decoding::Beam(params) => {
@@ -218,147 +275,194 @@ impl Bench {
     }
 }
 
-/// Requests with common beginnings, some forked, some beams, some cancelled.
+/// The request and, where it is of one, the choice that an effect is told to.
+fn owner(effect: &Effect) -> (RequestId, Option<u32>) {
+    match effect {
+        Effect::Admitted { id, .. }
+        | Effect::PromptLogprobs { id, .. }
+        | Effect::Beams { id, .. } => (*id, None),
+        Effect::Preempted { id, choice, .. }
+        | Effect::Token { id, choice, .. }
+        | Effect::Finished { id, choice, .. } => (*id, Some(*choice)),
+    }
+}
+
+/// A request and when something happens to it, in turns of the loop.
 #[derive(Debug, Clone)]
-struct Scenario {
-    requests: Vec<(Request, usize, Option<usize>)>,
-    limits: Limits,
-    depth: usize,
+pub(crate) struct Arrival {
+    pub(crate) request: Request,
+    at: usize,
+    cancelled: Option<usize>,
+    /// A stop string is found in a choice.
+    stopped: Option<(usize, u32)>,
 }
 
-fn any_request() -> impl Strategy<Value = (u32, u32, u32, u32, u32, i32, bool, bool)> {
-    (
-        0..3_u32,
-        0..30_u32,
-        1..10_u32,
-        1..14_u32,
-        1..5_u32,
-        -1..2_i32,
-        prop::bool::weighted(0.2),
-        prop::bool::weighted(0.1),
-    )
+/// Requests with common beginnings, some forked, some beams, some cancelled, some stopped by their owner.
+#[derive(Debug, Clone)]
+pub(crate) struct Scenario {
+    pub(crate) arrivals: Vec<Arrival>,
+    pub(crate) limits: Limits,
+    pub(crate) depth: usize,
 }
 
-fn any_scenario() -> impl Strategy<Value = Scenario> {
-    let arrivals = prop::collection::vec(
-        (any_request(), 0..40_usize, prop::option::weighted(0.15, 0..30_usize)),
-        1..14,
-    );
-    let figures = (
-        1..6_u32,
-        0..24_u32,
-        5..9_u32,
-        0..60_usize,
-        0..3_usize,
-        any::<bool>(),
-        1..3_usize,
-        4..400_usize,
-    );
-    (arrivals, figures).prop_map(
-        |(arrivals, (block_size, spare, seqs, budget, watermark, caching, depth, attended))| {
-            let requests: Vec<_> = (0..)
-                .zip(arrivals)
-                .map(
-                    |(
-                        id,
-                        (
-                            (family, common, own, max_tokens, width, priority, is_beam, scores),
-                            at,
-                            cancel,
-                        ),
-                    )| {
-                        let prompt = (0..common)
-                            .map(|i| (family * 7 + i) % 50)
-                            .chain((0..own).map(|i| (id * 11 + i) % 53));
-                        let mut request = sample(u64::from(id), tokens(prompt), max_tokens, width);
-                        request.priority = priority;
-                        request.prompt_logprobs = scores.then_some(1);
-                        if is_beam {
-                            request.decoding = Decoding::Beam(beam(width));
-                        }
-                        (request, at, cancel)
-                    },
-                )
-                .collect();
-            let largest = requests
-                .iter()
-                .map(|(request, ..)| blocks_needed(request, block_size))
-                .max()
-                .unwrap_or(1);
-            let limits = Limits {
-                max_num_seqs: seqs,
-                max_num_batched_tokens: seqs as usize + budget,
-                watermark_blocks: watermark,
-                max_attended: attended,
-                prefix_caching: if caching {
-                    PrefixCaching::Enabled
-                } else {
-                    PrefixCaching::Disabled
-                },
-                ..limits(u32::try_from(largest).unwrap() + spare, block_size)
-            };
-            Scenario { requests, limits, depth }
+fn any_request() -> impl Strategy<Value = Request> {
+    let prompt = (0..3_u32, 0..30_u32, 1..10_u32, 0..50_u32);
+    let shape = (1..14_u32, 1..5_u32, -1..2_i32, prop::bool::weighted(0.2));
+    let extras = (prop::bool::weighted(0.1), prop::bool::weighted(0.2));
+    (prompt, shape, extras).prop_map(|((family, common, own, start), shape, (scores, salted))| {
+        let (max_tokens, width, priority, is_beam) = shape;
+        let prompt = (0..common)
+            .map(|i| (family * 7 + i) % 50)
+            .chain((0..own).map(|i| (start * 11 + i) % 53));
+        let mut request = sample(0, tokens(prompt), max_tokens, width);
+        request.priority = priority;
+        request.prompt_logprobs = scores.then_some(1);
+        request.salt = Salt([u8::from(salted); 32]);
+        if is_beam {
+            request.decoding = Decoding::Beam(beam(width));
+        }
+        request
+    })
+}
+
+fn any_arrival() -> impl Strategy<Value = Arrival> {
+    let cancelled = prop::option::weighted(0.15, 0..30_usize);
+    let stopped = prop::option::weighted(0.2, (0..30_usize, 0..4_u32));
+    (any_request(), 0..40_usize, cancelled, stopped).prop_map(
+        |(request, at, cancelled, stopped)| Arrival {
+            request,
+            at,
+            cancelled: cancelled.map(|after| at + after),
+            stopped: stopped.map(|(after, choice)| (at + after, choice)),
         },
     )
 }
 
+pub(crate) fn any_scenario() -> impl Strategy<Value = Scenario> {
+    let arrivals = prop::collection::vec(any_arrival(), 1..14);
+    let pool = (1..6_u32, 0..24_u32, 0..3_usize, any::<bool>());
+    let steps = (5..9_u32, 0..60_usize, 1..3_usize, 4..400_usize);
+    (arrivals, pool, steps).prop_map(|(mut arrivals, pool, (seqs, budget, depth, attended))| {
+        let (block_size, spare, watermark_blocks, caching) = pool;
+        (0..).zip(&mut arrivals).for_each(|(id, arrival)| arrival.request.id = RequestId(id));
+        let size = BlockSize(NonZeroU32::new(block_size).unwrap());
+        let needs = arrivals.iter().map(|arrival| blocks_needed(&arrival.request, size));
+        let blocks = u32::try_from(needs.max().unwrap_or(1)).unwrap() + spare;
+        let limits = Limits {
+            max_num_seqs: seqs,
+            max_num_batched_tokens: seqs as usize + budget,
+            watermark_blocks,
+            max_attended: attended,
+            prefix_caching: match caching {
+                true => PrefixCaching::Enabled,
+                false => PrefixCaching::Disabled,
+            },
+            ..limits(blocks, block_size)
+        };
+        Scenario { arrivals, limits, depth }
+    })
+}
+
+/// Runs a scenario to its end and compares every output.
+fn play(scenario: &Scenario) -> Bench {
+    let mut bench = Bench::new(scenario.limits, scenario.depth);
+    let last = scenario.arrivals.iter().map(|arrival| arrival.at).max().unwrap_or(0);
+    for turn in 0.. {
+        for arrival in &scenario.arrivals {
+            let id = arrival.request.id;
+            if arrival.at == turn {
+                bench.submit(arrival.request.clone());
+            }
+            if arrival.cancelled == Some(turn) {
+                bench.cancel(id);
+            }
+            if let Some((_, choice)) = arrival.stopped.filter(|&(at, _)| at == turn) {
+                bench.finish(id, choice);
+            }
+        }
+        if !bench.turn() && turn >= last {
+            break;
+        }
+        assert!(bench.steps < 20_000, "the run does not end");
+    }
+    bench.run();
+    for Arrival { request, cancelled, .. } in &scenario.arrivals {
+        if cancelled.is_none() {
+            bench.expect(request);
+            let scored = request.prompt_logprobs.map(|_| request.prompt[1..].to_vec());
+            let scored = scored.filter(|tokens| !tokens.is_empty());
+            assert_eq!(bench.scored.get(&request.id), scored.as_ref());
+        }
+    }
+    bench
+}
+
+fn cases() -> ProptestConfig {
+    let cases = std::env::var("BINDERY_CASES").map_or(600, |cases| cases.parse().unwrap());
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// The first `count` scenarios of a fixed seed.
+pub(crate) fn fixed_scenarios(count: usize) -> impl Iterator<Item = Scenario> {
+    use proptest::strategy::ValueTree;
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let strategy = any_scenario();
+    (0..count).map(move |_| strategy.new_tree(&mut runner).unwrap().current())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: std::env::var("BINDERY_CASES").map_or(600, |cases| cases.parse().unwrap()), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases())]
 
     #[test]
     fn every_request_gets_the_tokens_that_it_gets_alone(scenario in any_scenario()) {
-        let mut bench = Bench::new(scenario.limits, scenario.depth);
-        let mut left = scenario.requests.clone();
-        for turn in 0.. {
-            left.retain(|(request, at, _)| {
-                let due = *at <= turn;
-                if due { bench.submit(request.clone()); }
-                !due
-            });
-            for (request, at, cancel) in &scenario.requests {
-                if cancel.is_some_and(|after| at + after == turn) { bench.scheduler.cancel(request.id); }
-            }
-            if !bench.turn() && left.is_empty() { break; }
-            prop_assert!(bench.steps < 20_000, "the run does not end");
-        }
-        bench.run();
-        for (request, _, cancel) in &scenario.requests {
-            if cancel.is_none() {
-                bench.expect(request);
-                let scored = request.prompt_logprobs.map(|_| request.prompt.len() - 1).filter(|&count| count > 0);
-                prop_assert_eq!(bench.scored.get(&request.id).copied(), scored);
-            }
-        }
+        play(&scenario);
     }
 }
 
+#[test]
+fn random_scenarios_reach_what_is_hard() {
+    let mut totals = super::step::StepCounts::default();
+    let mut stopped = 0;
+    for bench in fixed_scenarios(300).map(|scenario| play(&scenario)) {
+        totals.preemptions += bench.totals.preemptions;
+        totals.forked_blocks += bench.totals.forked_blocks;
+        totals.prefix_copied_slots += bench.totals.prefix_copied_slots;
+        totals.deferred += bench.totals.deferred;
+        stopped += bench.stopped.len();
+    }
+    assert!(totals.preemptions > 0 && totals.forked_blocks > 0, "{totals:?}");
+    assert!(totals.prefix_copied_slots > 0 && totals.deferred > 0, "{totals:?}");
+    assert!(stopped > 0);
+}
+
 /// Ten users with a common beginning of 200 tokens, the first one's 13th block being full when the others arrive.
-fn ten_users(depth: usize) -> Bench {
+fn ten_users(depth: usize) -> (Bench, Vec<Request>) {
     let mut bench = Bench::new(Limits { max_num_batched_tokens: 4096, ..limits(1000, 16) }, depth);
     let prompt = |user: u32| {
         tokens((0..200).map(|i| i % 50).chain((0..20).map(move |i| 51 + (user + i) % 10)))
     };
-    bench.submit(sample(0, prompt(0), 30, 1));
+    let users: Vec<Request> =
+        (0..10).map(|user| sample(u64::from(user), prompt(user), 30, 1)).collect();
+    bench.submit(users[0].clone());
     for _ in 0..3 {
         bench.turn();
     }
-    for user in 1..10 {
-        bench.submit(sample(u64::from(user), prompt(user), 30, 1));
-    }
+    users[1..].iter().for_each(|user| bench.submit(user.clone()));
     bench.turn();
     bench.turn();
-    bench
+    (bench, users)
 }
 
 #[test]
 fn users_with_a_common_beginning_share_full_blocks_and_copy_the_part_of_the_next() {
     for depth in [1, 2] {
-        let mut bench = ten_users(depth);
+        let (mut bench, users) = ten_users(depth);
         assert_eq!(bench.scheduler.usage().shared, 12);
         assert_eq!(bench.totals.prefix_copied_slots, 9 * 8);
         assert_eq!(bench.backend.copies, 9);
         assert!((1..10).all(|user| bench.cached[&RequestId(user)] == 200), "{:?}", bench.cached);
         bench.run();
+        users.iter().for_each(|user| bench.expect(user));
     }
 }
 

@@ -12,12 +12,15 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::core::error_boundary::InvalidObject;
 use kube::{Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::observe::{Child, Observed};
 use crate::plan::Change;
+use crate::pods::{Key, key_of};
+use crate::reconcile::Watched;
 
 /// The one owner of our fields.
 pub const MANAGER: &str = "bindery-operator";
@@ -67,6 +70,8 @@ pub struct Applier {
     client: Client,
     sent: Mutex<HashMap<(Child, String, String), Sent>>,
     told: Mutex<HashMap<(String, String), Instant>>,
+    /// Generations of models that cannot be read and what was said of them: their own status cannot be read either.
+    unreadable: Mutex<HashMap<Key, (Option<i64>, String)>>,
 }
 
 impl Debug for Applier {
@@ -90,7 +95,7 @@ fn stand(head: &ObjectMeta) -> Option<String> {
 
 impl Applier {
     pub fn new(client: Client) -> Self {
-        Self { client, sent: Mutex::default(), told: Mutex::default() }
+        Self { client, sent: Mutex::default(), told: Mutex::default(), unreadable: Mutex::default() }
     }
 
     /// Makes one change.
@@ -190,20 +195,52 @@ impl Applier {
         if model.status.as_ref() == Some(status) {
             return Ok(());
         }
-        let (name, namespace) = (model.name_any(), model.namespace().unwrap_or_default());
+        let (namespace, name) = key_of(&model.metadata);
         let is_milestone =
             model.status.as_ref().is_none_or(|old| without_words(old) != without_words(status));
         if !is_milestone && !self.may_tell(&namespace, &name) {
             return Ok(());
         }
-        let api = Api::<InferenceModel>::namespaced(self.client.clone(), &namespace);
+        self.patch_status(&namespace, &name, status).await
+    }
+
+    /// Writes the status of a model that cannot be read, once for each generation.
+    ///
+    /// # Errors
+    /// When the API server refuses it or is away.
+    pub async fn write_unreadable(
+        &self,
+        invalid: &InvalidObject,
+        status: &InferenceModelStatus,
+    ) -> Result<(), ApplyError> {
+        let key = key_of(&invalid.metadata);
+        let said = (invalid.metadata.generation, invalid.error.clone());
+        if self.unreadable().get(&key) == Some(&said) {
+            return Ok(());
+        }
+        self.patch_status(&key.0, &key.1, status).await?;
+        self.unreadable().insert(key, said);
+        Ok(())
+    }
+
+    async fn patch_status(
+        &self,
+        namespace: &str,
+        name: &str,
+        status: &InferenceModelStatus,
+    ) -> Result<(), ApplyError> {
+        let api = Api::<Watched>::namespaced(self.client.clone(), namespace);
         let patch = serde_json::json!({
             "apiVersion": InferenceModel::api_version(&()),
             "kind": InferenceModel::kind(&()),
             "status": status,
         });
-        let written = api.patch_status(&name, &params(), &Patch::Apply(patch)).await;
-        written.map(drop).map_err(|source| refused("status", &name, source))
+        let written = api.patch_status(name, &params(), &Patch::Apply(patch)).await;
+        written.map(drop).map_err(|source| refused("status", name, source))
+    }
+
+    fn unreadable(&self) -> std::sync::MutexGuard<'_, HashMap<Key, (Option<i64>, String)>> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a change of words alone may be written: every [`WORDS`] at most.
@@ -222,6 +259,7 @@ impl Applier {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.remove(&(namespace.to_owned(), name.to_owned()));
         drop(told);
+        self.unreadable().remove(&(namespace.to_owned(), name.to_owned()));
         self.sent().retain(|(_, its_namespace, its_name), _| {
             its_namespace != namespace || its_name != name
         });

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use crds::InferenceModel;
 use futures_util::future::join_all;
 use futures_util::stream::{BoxStream, select, select_all};
 use futures_util::{Stream, StreamExt};
@@ -13,7 +12,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Container, Node, Pod, PodSpec, PodTemplateSpec};
 use kube::api::Api;
-use kube::runtime::controller::{Config as ControllerConfig, Controller};
+use kube::runtime::controller::{self, Action, Config as ControllerConfig, Controller};
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -24,14 +23,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::admin;
-use crate::apply::{Applier, MANAGER};
+use crate::apply::{Applier, ApplyError, MANAGER};
 use crate::config::Config;
 use crate::desired::MODEL_LABEL;
 use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::observe::{Shared, Stores};
 use crate::pods::{Pods, Writer};
-use crate::reconcile::{Context, Failures, Teller, after_error, reconcile};
+use crate::reconcile::{Context, Failures, Teller, Watched, after_error, reconcile};
 
 /// Models that are reconciled at once.
 const CONCURRENCY: u16 = 16;
@@ -128,17 +127,36 @@ async fn control(
         metrics: metrics.clone(),
         failures: Failures::default(),
     });
-    let (models, writer) = reflector::store::<InferenceModel>();
+    let (models, writer) = reflector::store::<Watched>();
     let changed = watcher(scope.api(), watcher::Config::default())
         .default_backoff()
-        .modify(|model: &mut InferenceModel| model.managed_fields_mut().clear())
+        .modify(|model: &mut Watched| model.managed_fields_mut().clear())
         .reflect(writer)
         .touched_objects();
     metrics.watch(models.clone());
     let controller = Controller::for_stream(changed, models)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .reconcile_on(triggers);
-    controller.run(reconcile, after_error, context).for_each(|_| std::future::ready(())).await;
+    let results = controller.run(reconcile, after_error, context);
+    results.for_each(|result| std::future::ready(hear(result))).await;
+}
+
+type Reconciled =
+    Result<(ObjectRef<Watched>, Action), controller::Error<ApplyError, watcher::Error>>;
+
+/// Tells what nobody else has told.
+fn hear(result: Reconciled) {
+    match result {
+        // The second is told where it is tried again; the third is a model that is gone.
+        Ok(_)
+        | Err(controller::Error::ReconcilerFailed(..) | controller::Error::ObjectNotFound(_)) => {}
+        Err(controller::Error::QueueError(error)) => {
+            tracing::warn!(%error, "the watch of models broke off");
+        }
+        Err(controller::Error::RunnerError(error)) => {
+            tracing::error!(%error, "no model is reconciled");
+        }
+    }
 }
 
 /// One namespace, or all of them.
@@ -147,7 +165,7 @@ struct Scope<'a> {
     namespace: Option<String>,
 }
 
-type Wakes = Vec<BoxStream<'static, ObjectRef<InferenceModel>>>;
+type Wakes = Vec<BoxStream<'static, ObjectRef<Watched>>>;
 
 impl Scope<'_> {
     fn api<K>(&self) -> Api<K>
@@ -164,7 +182,7 @@ impl Scope<'_> {
     fn watch_all(
         &self,
         shared: Shared,
-    ) -> (Stores, impl Stream<Item = ObjectRef<InferenceModel>> + Send + use<>) {
+    ) -> (Stores, impl Stream<Item = ObjectRef<Watched>> + Send + use<>) {
         let mut wakes = Vec::new();
         let (begun, pods_begun) = watch::channel(false);
         self.pods(Writer::new(shared.pods.clone(), begun), &mut wakes);
@@ -231,7 +249,7 @@ fn trim(deployment: &mut Deployment) {
 }
 
 /// The model of a child or Pod. A watch that breaks off is begun again by itself.
-fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<InferenceModel>> {
+fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<Watched>> {
     match child {
         Ok(child) => {
             let name = child.labels().get(MODEL_LABEL)?;
@@ -267,7 +285,7 @@ fn agents(
     let api = Api::<DaemonSet>::namespaced(client.clone(), &config.own_namespace);
     let events =
         watcher(api, watcher::Config::default().labels(labels)).default_backoff().reflect(writer);
-    (store, events.map(drop).boxed())
+    (store, told("node agents", events))
 }
 
 fn nodes(client: &Client) -> (Store<Node>, BoxStream<'static, ()>) {
@@ -284,5 +302,18 @@ fn nodes(client: &Client) -> (Store<Node>, BoxStream<'static, ()>) {
             }
         })
         .reflect(writer);
-    (store, events.map(drop).boxed())
+    (store, told("nodes", events))
+}
+
+/// A watch of which nothing is wanted but its store.
+fn told<K: 'static>(
+    what: &'static str,
+    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send + 'static,
+) -> BoxStream<'static, ()> {
+    let told = events.map(move |event| {
+        if let Err(error) = event {
+            tracing::warn!(%error, what, "a watch broke off");
+        }
+    });
+    told.boxed()
 }

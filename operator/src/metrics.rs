@@ -10,6 +10,8 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::reconcile::Watched;
+
 /// Every metric, cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
@@ -18,7 +20,7 @@ pub struct Metrics {
     errors: IntCounterVec,
     models: IntGaugeVec,
     leader: IntGauge,
-    stores: Arc<Mutex<Vec<Store<InferenceModel>>>>,
+    stores: Arc<Mutex<Vec<Store<Watched>>>>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -51,7 +53,7 @@ impl Metrics {
         let models = IntGaugeVec::new(
             Opts::new(
                 "bindery_operator_models",
-                "Models whose condition is true, those that were changed and not looked at yet, and all of them.",
+                "Models whose condition is true, those that were changed and not looked at yet, those that cannot be read, and all of them.",
             ),
             &["condition"],
         )?;
@@ -76,7 +78,7 @@ impl Metrics {
     }
 
     /// Counts the models of this store, beside others', when somebody asks.
-    pub(crate) fn watch(&self, store: Store<InferenceModel>) {
+    pub(crate) fn watch(&self, store: Store<Watched>) {
         self.stores.lock().unwrap_or_else(PoisonError::into_inner).push(store);
     }
 
@@ -86,20 +88,21 @@ impl Metrics {
     /// When it cannot be written.
     pub fn exposition(&self) -> prometheus::Result<String> {
         let stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let models: Vec<_> = stores.iter().flat_map(Store::state).collect();
+        let watched: Vec<_> = stores.iter().flat_map(Store::state).collect();
+        let models: Vec<_> = watched.iter().filter_map(|model| model.0.as_ref().ok()).collect();
         let count = |label: &str, n: usize| {
             self.models.with_label_values(&[label]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };
-        count("any", models.len());
-        let is_outdated = |model: &&Arc<InferenceModel>| {
+        count("any", watched.len());
+        count("unreadable", watched.len() - models.len());
+        let is_outdated = |model: &&&InferenceModel| {
             let observed = model.status.as_ref().and_then(|status| status.observed_generation);
             observed < model.metadata.generation
         };
-        // The depth of the queue: what was asked and not yet looked at.
         count("outdated", models.iter().filter(is_outdated).count());
         for type_ in [ConditionType::Ready, ConditionType::Reconciling, ConditionType::Stalled] {
             let word = type_.to_string();
-            let is_true = |model: &&Arc<InferenceModel>| {
+            let is_true = |model: &&&InferenceModel| {
                 let conditions = model.status.iter().flat_map(|status| &status.conditions);
                 conditions.into_iter().any(|it| it.type_ == word && it.status == "True")
             };

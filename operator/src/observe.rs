@@ -18,7 +18,7 @@ use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
 use crate::desired::{HEALTH_PORT, resource_of};
-use crate::pods::{PodSeen, Pods};
+use crate::pods::{Key, PodSeen, Pods, key_of};
 
 /// The longest that a replica may take to say how it is.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -71,6 +71,11 @@ impl Stores {
     pub async fn wait(&self) {
         // One waits for all: a store wakes only the last of several that wait for it (kube 5.0, `DelayedInit`).
         self.begun.get_or_init(|| self.begin()).await;
+    }
+
+    /// The Deployment of a model.
+    pub fn deployment(&self, (namespace, name): &Key) -> Option<Arc<Deployment>> {
+        self.deployments.get(&ObjectRef::new(name).within(namespace))
     }
 
     async fn begin(&self) {
@@ -135,7 +140,7 @@ pub async fn observe(
 ) -> Observed {
     let name = model.name_any();
     let namespace = model.namespace().unwrap_or_default();
-    let deployment = stores.deployments.get(&ObjectRef::new(&name).within(&namespace));
+    let deployment = stores.deployment(&key_of(&model.metadata));
     let mut heads = BTreeMap::new();
     let mut head = |child, metadata: Option<ObjectMeta>| {
         heads.extend(metadata.map(|metadata| (child, metadata)));

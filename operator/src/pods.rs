@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crds::ReplicaState;
 use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::runtime::watcher::Event;
@@ -50,7 +51,7 @@ struct Index {
 }
 
 /// A namespace and a name in it.
-type Key = (String, String);
+pub type Key = (String, String);
 
 #[derive(Debug)]
 struct Kept {
@@ -117,7 +118,7 @@ impl Writer {
         match event {
             Event::Init => self.unnamed = self.known.clone(),
             Event::InitApply(pod) | Event::Apply(pod) => {
-                let key = key_of(pod);
+                let key = key_of(&pod.metadata);
                 self.unnamed.remove(&key);
                 self.known.insert(key.clone());
                 self.pods.write().insert(key, kept(pod));
@@ -128,7 +129,7 @@ impl Writer {
                 }
                 self.begun.send_replace(true);
             }
-            Event::Delete(pod) => self.forget(&key_of(pod)),
+            Event::Delete(pod) => self.forget(&key_of(&pod.metadata)),
         }
     }
 
@@ -174,8 +175,9 @@ fn key(namespace: &str, name: &str) -> Key {
     (namespace.to_owned(), name.to_owned())
 }
 
-fn key_of(pod: &Pod) -> Key {
-    (pod.namespace().unwrap_or_default(), pod.name_any())
+/// Where an object is.
+pub fn key_of(head: &ObjectMeta) -> Key {
+    (head.namespace.clone().unwrap_or_default(), head.name.clone().unwrap_or_default())
 }
 
 fn kept(pod: &Pod) -> Kept {

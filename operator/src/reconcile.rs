@@ -5,6 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use k8s_openapi::jiff::Timestamp;
+use kube::core::DeserializeGuard;
+use kube::core::error_boundary::InvalidObject;
 use kube::runtime::controller::Action;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::ObjectRef;
@@ -15,11 +18,15 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::observe::{Stores, observe};
 use crate::plan::plan;
+use crate::pods::key_of;
 use crate::status;
 
 /// The first and the longest time from an error to the next try of the same model.
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
+
+/// A model as its watch gives it: one that this operator cannot read must not end the watch for all.
+pub type Watched = DeserializeGuard<InferenceModel>;
 
 /// What every reconciliation uses.
 #[derive(Debug)]
@@ -35,17 +42,17 @@ pub struct Context {
 
 /// How often each model has failed in a row.
 #[derive(Debug, Default)]
-pub struct Failures(Mutex<HashMap<ObjectRef<InferenceModel>, u32>>);
+pub struct Failures(Mutex<HashMap<ObjectRef<Watched>, u32>>);
 
 impl Failures {
-    fn count(&self, model: &InferenceModel) -> u32 {
+    fn count(&self, model: &Watched) -> u32 {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(ObjectRef::from_obj(model)).or_default();
         *count = count.saturating_add(1);
         *count
     }
 
-    fn clear(&self, model: &InferenceModel) {
+    fn clear(&self, model: &Watched) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts.remove(&ObjectRef::from_obj(model));
     }
@@ -56,11 +63,14 @@ impl Failures {
 /// # Errors
 /// When a write is refused; the same is tried again later.
 pub async fn reconcile(
-    model: Arc<InferenceModel>,
+    model: Arc<Watched>,
     context: Arc<Context>,
 ) -> Result<Action, ApplyError> {
     let start = Instant::now();
-    let done = write(&model, &context).await;
+    let done = match &model.0 {
+        Ok(model) => write(model, &context).await,
+        Err(invalid) => refuse(invalid, &context).await,
+    };
     let result = if done.is_ok() { "ok" } else { "error" };
     context.metrics.reconciled(result, start.elapsed());
     let look_again = done?;
@@ -93,9 +103,18 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
     Ok(plan.look_again)
 }
 
+/// Says of a model that cannot be read what is wrong with it. Its children stay as they are.
+async fn refuse(invalid: &InvalidObject, context: &Context) -> Result<Duration, ApplyError> {
+    context.stores.wait().await;
+    let deployment = context.stores.deployment(&key_of(&invalid.metadata));
+    let status = status::unreadable(invalid, deployment.as_deref(), Timestamp::now());
+    context.applier.write_unreadable(invalid, &status).await?;
+    Ok(LONGEST_RETRY)
+}
+
 /// Later and later, and not all at once.
 pub fn after_error(
-    model: Arc<InferenceModel>,
+    model: Arc<Watched>,
     error: &ApplyError,
     context: Arc<Context>,
 ) -> Action {

@@ -1,12 +1,15 @@
 //! What a model's status says, from facts alone. Pure.
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+use kube::core::error_boundary::InvalidObject;
 
 use crate::desired::{resource_of, selector};
 use crate::observe::Observed;
-use crate::pods::PodSeen;
+use crate::pods::{PodSeen, key_of};
 
 /// Nodes that a message names at most.
 const NAMED_NODES: usize = 8;
@@ -61,9 +64,38 @@ fn with_cause(
         ready_replicas: counts.ready,
         updated_replicas: counts.updated,
         summary: Some(format!("{}/{}", counts.ready, counts.wanted)),
-        selector: Some(selector(model)),
-        url: Some(url(model)),
-        conditions: conditions(model, observed, counts, cause),
+        selector: Some(selector(&model.name_any())),
+        url: Some(url(&model.namespace().unwrap_or_default(), &model.name_any())),
+        conditions: Conditions {
+            old: model.status.as_ref().map_or(&[], |status| &status.conditions),
+            generation: model.metadata.generation,
+            now: observed.now,
+        }
+        .of(counts, cause),
+    }
+}
+
+/// The status of a model that this operator cannot read; its replicas go on.
+pub fn unreadable(
+    invalid: &InvalidObject,
+    deployment: Option<&Deployment>,
+    now: Timestamp,
+) -> InferenceModelStatus {
+    let head = &invalid.metadata;
+    let (namespace, name) = key_of(head);
+    let runs = deployment.and_then(|found| found.status.clone()).unwrap_or_default();
+    let message = format!("this operator cannot read the resource: {}", invalid.error);
+    let cause = Cause { reason: Reason::InvalidSpec, message };
+    InferenceModelStatus {
+        observed_generation: head.generation,
+        replicas: runs.replicas.unwrap_or(0),
+        ready_replicas: runs.ready_replicas.unwrap_or(0),
+        updated_replicas: runs.updated_replicas.unwrap_or(0),
+        summary: None,
+        selector: Some(selector(&name)),
+        url: Some(url(&namespace, &name)),
+        conditions: Conditions { old: &[], generation: head.generation, now }
+            .of(Counts::default(), Some(cause)),
     }
 }
 
@@ -74,8 +106,8 @@ pub fn is_settled(status: &InferenceModelStatus) -> bool {
     })
 }
 
-fn url(model: &InferenceModel) -> String {
-    format!("http://{}.{}.svc/v1", model.name_any(), model.namespace().unwrap_or_default())
+fn url(namespace: &str, name: &str) -> String {
+    format!("http://{name}.{namespace}.svc/v1")
 }
 
 fn counts(model: &InferenceModel, observed: &Observed) -> Counts {
@@ -214,40 +246,41 @@ fn unscheduled(model: &InferenceModel, observed: &Observed, message: &str) -> Ca
     Cause { reason: Reason::InsufficientMemory, message }
 }
 
-fn conditions(
-    model: &InferenceModel,
-    observed: &Observed,
-    counts: Counts,
-    cause: Option<Cause>,
-) -> Vec<Condition> {
-    let condition = |type_: ConditionType, status: &str, cause: &Cause| {
+/// The conditions that a model has, and when its next ones are made.
+struct Conditions<'a> {
+    old: &'a [Condition],
+    generation: Option<i64>,
+    now: Timestamp,
+}
+
+impl Conditions<'_> {
+    /// Without a cause the model is ready.
+    fn of(&self, counts: Counts, cause: Option<Cause>) -> Vec<Condition> {
+        let Some(cause) = cause else {
+            let reason =
+                if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
+            let message = format!("{} of {} replicas answer", counts.ready, counts.wanted);
+            return vec![self.one(ConditionType::Ready, "True", &Cause { reason, message })];
+        };
+        let other = if cause.reason.is_terminal() {
+            ConditionType::Stalled
+        } else {
+            ConditionType::Reconciling
+        };
+        vec![self.one(ConditionType::Ready, "False", &cause), self.one(other, "True", &cause)]
+    }
+
+    fn one(&self, type_: ConditionType, status: &str, cause: &Cause) -> Condition {
         let type_ = type_.to_string();
-        let old = model.status.iter().flat_map(|status| &status.conditions);
-        let same = old.into_iter().find(|old| old.type_ == type_ && old.status == status);
+        let same = self.old.iter().find(|old| old.type_ == type_ && old.status == status);
         Condition {
             type_,
             status: status.to_owned(),
             reason: cause.reason.to_string(),
             message: cause.message.clone(),
-            observed_generation: model.metadata.generation,
+            observed_generation: self.generation,
             last_transition_time: same
-                .map_or(Time(observed.now), |old| old.last_transition_time.clone()),
-        }
-    };
-    match cause {
-        None => {
-            let reason =
-                if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
-            let message = format!("{} of {} replicas answer", counts.ready, counts.wanted);
-            vec![condition(ConditionType::Ready, "True", &Cause { reason, message })]
-        }
-        Some(cause) => {
-            let other = if cause.reason.is_terminal() {
-                ConditionType::Stalled
-            } else {
-                ConditionType::Reconciling
-            };
-            vec![condition(ConditionType::Ready, "False", &cause), condition(other, "True", &cause)]
+                .map_or(Time(self.now), |old| old.last_transition_time.clone()),
         }
     }
 }

@@ -32,8 +32,8 @@ pub(super) fn label_selector(model: &InferenceModel) -> LabelSelector {
 }
 
 /// The same as text, for autoscalers.
-pub fn selector(model: &InferenceModel) -> String {
-    format!("{MODEL_LABEL}={}", model.name_any())
+pub fn selector(name: &str) -> String {
+    format!("{MODEL_LABEL}={name}")
 }
 
 /// Labels of every child.

@@ -9,6 +9,7 @@ use super::*;
 use crate::config::Switch;
 use crate::desired::tests::{config, model};
 use crate::observe::NodeSeen;
+use crate::reconcile::Watched;
 
 fn pod(name: &str) -> PodSeen {
     PodSeen {
@@ -77,6 +78,24 @@ fn a_model_is_not_ready_by_the_replicas_of_before() {
     let (status, reason, message, stalled) = verdict(&seen(vec![new, old], deployment(2, 1, 1)));
     assert_eq!((status.as_str(), reason.as_str(), stalled), ("False", "Loading", false));
     assert_eq!(message, "loaded 1 of 2 MiB; 1 replicas of before serve on");
+}
+
+#[test]
+fn a_model_that_cannot_be_read_is_told_so_and_ends_no_list() {
+    let mut unread = serde_json::to_value(model(json!({}))).unwrap();
+    for memory in ["+2Gi", "2147483648.", "2147483648e0"] {
+        unread["spec"]["memory"] = json!(memory);
+        let list = json!([unread, model(json!({}))]);
+        let list: Vec<Watched> = serde_json::from_value(list).unwrap();
+        assert!(list[1].0.is_ok());
+        let invalid = list[0].0.as_ref().unwrap_err();
+        let status = status::unreadable(invalid, deployment(3, 2, 1).as_deref(), Timestamp::UNIX_EPOCH);
+        let told: Vec<_> = status.conditions.iter().map(|it| it.reason.as_str()).collect();
+        assert_eq!(told, ["InvalidSpec", "InvalidSpec"]);
+        assert!(status.conditions[0].message.contains(memory), "{:?}", status.conditions);
+        assert_eq!((status.observed_generation, status.ready_replicas), (Some(3), 1));
+        assert_eq!(status.selector.as_deref(), Some("bindery.dev/model=tiny"));
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
+use crate::apply::is_owned;
 use crate::config::Config;
 use crate::desired::Children;
 use crate::observe::{Child, Observed, image_of};
@@ -74,10 +75,8 @@ fn image(observed: &Observed, config: &Config) -> String {
 /// A policy of ours that is no longer wanted.
 fn stray_policy(model: &InferenceModel, observed: &Observed) -> Option<Change> {
     let head = observed.heads.get(&Child::NetworkPolicy)?;
-    let uid = model.metadata.uid.as_ref()?;
-    let owned = head.owner_references.iter().flatten().any(|owner| &owner.uid == uid);
     let name = head.name.clone()?;
-    owned.then_some(Change::DeleteNetworkPolicy { name })
+    is_owned(head, model).then_some(Change::DeleteNetworkPolicy { name })
 }
 
 /// A Pod that will not come back: its ReplicaSet makes another.

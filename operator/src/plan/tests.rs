@@ -220,7 +220,7 @@ fn only_a_policy_of_the_model_is_deleted() {
     let head = |uid: &str| {
         serde_json::from_value(json!({
             "name": "tiny",
-            "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "tiny", "uid": uid}],
+            "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "tiny", "uid": uid, "controller": true}],
         }))
         .unwrap()
     };

@@ -55,7 +55,8 @@ pub type Key = (String, String);
 
 #[derive(Debug)]
 struct Kept {
-    model: String,
+    /// Absent: a Pod of somebody else, which counts on its node alone.
+    model: Option<String>,
     seen: PodSeen,
     grant: Option<Grant>,
 }
@@ -143,7 +144,9 @@ impl Index {
     fn insert(&mut self, key: Key, kept: Kept) {
         self.remove(&key);
         let (namespace, name) = key.clone();
-        self.of_models.entry((namespace, kept.model.clone())).or_default().insert(name);
+        if let Some(model) = kept.model.clone() {
+            self.of_models.entry((namespace, model)).or_default().insert(name);
+        }
         if let Some(grant) = &kept.grant {
             *self.held(grant) += grant.gib;
         }
@@ -152,16 +155,19 @@ impl Index {
 
     fn remove(&mut self, key: &Key) {
         let Some(kept) = self.pods.remove(key) else { return };
-        let (namespace, name) = key;
-        let model = (namespace.clone(), kept.model);
-        if let Some(names) = self.of_models.get_mut(&model) {
-            names.remove(name);
-            if names.is_empty() {
-                self.of_models.remove(&model);
-            }
+        if let Some(model) = kept.model {
+            self.take_from((key.0.clone(), model), &key.1);
         }
         if let Some(grant) = &kept.grant {
             *self.held(grant) -= grant.gib;
+        }
+    }
+
+    fn take_from(&mut self, model: Key, name: &str) {
+        let Some(names) = self.of_models.get_mut(&model) else { return };
+        names.remove(name);
+        if names.is_empty() {
+            self.of_models.remove(&model);
         }
     }
 
@@ -181,8 +187,19 @@ pub fn key_of(head: &ObjectMeta) -> Key {
 }
 
 fn kept(pod: &Pod) -> Kept {
-    let model = pod.labels().get(MODEL_LABEL).cloned().unwrap_or_default();
-    Kept { model, seen: seen(pod), grant: grant(pod) }
+    Kept { model: model_of(pod).cloned(), seen: seen(pod), grant: grant(pod) }
+}
+
+/// The model whose Deployment's ReplicaSet controls a Pod. Anybody can write the label; an owner that is not there ends the
+/// Pod, and the Deployment of the model's name is the model's.
+fn model_of(pod: &Pod) -> Option<&String> {
+    let model = pod.labels().get(MODEL_LABEL)?;
+    let hash = pod.labels().get("pod-template-hash")?;
+    let owners = pod.metadata.owner_references.iter().flatten();
+    let owner = owners.into_iter().find(|owner| owner.controller == Some(true))?;
+    let name = owner.name.strip_prefix(model.as_str())?.strip_prefix('-')?;
+    (owner.kind == "ReplicaSet" && owner.api_version.starts_with("apps/") && name == hash)
+        .then_some(model)
 }
 
 /// What a Pod holds; nothing before it has a node and after it has ended.
@@ -239,6 +256,7 @@ fn seen(pod: &Pod) -> PodSeen {
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -248,7 +266,12 @@ mod tests {
 
     fn pod(namespace: &str, name: &str, model: &str, node: &str, gib: i64, phase: &str) -> Pod {
         serde_json::from_value(json!({
-            "metadata": {"namespace": namespace, "name": name, "labels": {MODEL_LABEL: model}},
+            "metadata": {
+                "namespace": namespace, "name": name, "labels": {MODEL_LABEL: model, "pod-template-hash": "5d"},
+                "ownerReferences": [{
+                    "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": format!("{model}-5d"), "uid": "1", "controller": true,
+                }],
+            },
             "spec": {"nodeName": node, "containers": [{"name": "replica", "resources": {"limits": {GIB: gib.to_string()}}}]},
             "status": {"phase": phase},
         }))
@@ -282,6 +305,28 @@ mod tests {
         assert_eq!((pods.granted_gib(GIB, "node1"), pods.granted_gib(GIB, "node2")), (2, 1));
         right.take(&Event::Delete(pod("right", "a", "m", "node1", 2, "Running")));
         assert!(names(&pods, "right", "m").is_empty());
+    }
+
+    #[test]
+    fn a_label_alone_makes_no_pod_the_models() {
+        let (pods, mut writer) = {
+            let pods = Pods::default();
+            (pods.clone(), Writer::new(pods, watch::channel(false).0))
+        };
+        let with = |name: &str, change: fn(&mut OwnerReference)| {
+            let mut one = pod("n", name, "m", "node1", 1, "Running");
+            one.metadata.owner_references.iter_mut().flatten().for_each(change);
+            Event::Apply(one)
+        };
+        let mut bare = pod("n", "bare", "m", "node1", 1, "Running");
+        bare.metadata.owner_references = None;
+        writer.take(&Event::Apply(bare));
+        writer.take(&with("job", |owner| owner.kind = "Job".into()));
+        writer.take(&with("other", |owner| owner.name = "other-5d".into()));
+        writer.take(&with("follower", |owner| owner.controller = None));
+        writer.take(&with("own", |_| {}));
+        assert_eq!(names(&pods, "n", "m"), ["own"]);
+        assert_eq!(pods.granted_gib(GIB, "node1"), 5, "they hold their nodes' memory all the same");
     }
 
     #[test]

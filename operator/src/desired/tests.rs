@@ -125,3 +125,12 @@ fn a_drain_fits_into_the_grace_period() {
     let pod = pod(json!({"rollout": {"drainSeconds": 300}}));
     assert_eq!(pod["spec"]["terminationGracePeriodSeconds"], 315);
 }
+
+#[test]
+fn replicas_spread_among_those_of_their_own_template() {
+    let spread = &pod(json!({}))["spec"]["topologySpreadConstraints"][0];
+    assert_eq!(spread["matchLabelKeys"], json!(["pod-template-hash"]));
+    let own = json!([{"maxSkew": 2, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]);
+    let pod = pod(json!({"scheduling": {"topologySpreadConstraints": own}}));
+    assert_eq!(pod["spec"]["topologySpreadConstraints"], own, "a user's own stay as they are");
+}

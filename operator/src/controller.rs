@@ -28,6 +28,7 @@ use crate::config::Config;
 use crate::desired::MODEL_LABEL;
 use crate::lease::Lease;
 use crate::metrics::Metrics;
+use crate::moves::Moves;
 use crate::observe::{Shared, Stores};
 use crate::pods::{Pods, Writer};
 use crate::reconcile::{Context, Failures, Teller, Watched, after_error, reconcile};
@@ -186,8 +187,10 @@ impl Scope<'_> {
         let mut wakes = Vec::new();
         let (begun, pods_begun) = watch::channel(false);
         self.pods(Writer::new(shared.pods.clone(), begun), &mut wakes);
+        let deployments = self.children(&mut wakes, trim);
+        shared.moves.watch(deployments.clone());
         let stores = Stores {
-            deployments: self.children(&mut wakes, trim),
+            deployments,
             services: self.children(&mut wakes, |_| {}),
             disruption_budgets: self.children(&mut wakes, |_| {}),
             network_policies: self.children(&mut wakes, |_| {}),
@@ -272,7 +275,8 @@ fn shared(client: &Client, config: &Config) -> (Shared, impl Stream<Item = ()> +
             (Some(store), events)
         },
     );
-    let shared = Shared { pods: Pods::default(), nodes, agents, begun: Arc::default() };
+    let moves = Arc::new(Moves::new(agents));
+    let shared = Shared { pods: Pods::default(), nodes, moves, begun: Arc::default() };
     (shared, select(node_events, agent_events))
 }
 

@@ -8,6 +8,7 @@ pub mod controller;
 pub mod desired;
 pub mod lease;
 pub mod metrics;
+pub mod moves;
 pub mod observe;
 pub mod plan;
 pub mod pods;

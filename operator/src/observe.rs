@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crds::{InferenceModel, ReplicaState};
 use futures_util::StreamExt;
-use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -18,16 +18,13 @@ use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
 use crate::desired::{HEALTH_PORT, resource_of};
+use crate::moves::Moves;
 use crate::pods::{Key, PodSeen, Pods, key_of};
 
 /// The longest that a replica may take to say how it is.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Replicas that are asked at once.
 const AT_ONCE: usize = 8;
-/// Models whose replicas move to a new image at once.
-const MOVES: usize = 4;
-/// A model whose replicas make no progress for this long does not keep others from moving.
-const STUCK_SECONDS: i64 = 60;
 /// The largest answer of a replica.
 const LARGEST_STATE: u64 = 16 << 10;
 
@@ -50,8 +47,8 @@ pub struct Shared {
     /// The Pods of all namespaces that are looked at: they share the nodes.
     pub pods: Pods,
     pub nodes: Store<Node>,
-    /// The node agents, where replicas' images follow theirs.
-    pub agents: Option<Store<DaemonSet>>,
+    /// Which models' replicas move to a new image.
+    pub moves: Arc<Moves>,
     /// Set once these watches have begun.
     pub begun: Arc<OnceCell<()>>,
 }
@@ -60,9 +57,7 @@ impl Shared {
     async fn begin(&self) {
         // A writer that is gone means that the process ends.
         let _ = self.nodes.wait_until_ready().await;
-        if let Some(agents) = &self.agents {
-            let _ = agents.wait_until_ready().await;
-        }
+        self.moves.begin().await;
     }
 }
 
@@ -153,51 +148,9 @@ pub async fn observe(
     ask(&mut pods, http).await;
     let nodes = nodes(model, stores);
     let now = Timestamp::now();
-    let may_move = may_move(deployment.as_deref(), stores, image, now);
+    let key = key_of(&model.metadata);
+    let may_move = stores.shared.moves.may_move(&key, deployment.as_deref(), image, now);
     Observed { deployment, heads, pods, nodes, may_move, now }
-}
-
-/// The image of a Deployment's replicas.
-pub fn image_of(deployment: &Deployment) -> Option<&str> {
-    let pod = deployment.spec.as_ref()?.template.spec.as_ref()?;
-    pod.containers.first()?.image.as_deref()
-}
-
-/// The agents run the image, and few other models are on their way to it.
-fn may_move(own: Option<&Deployment>, stores: &Stores, image: &str, now: Timestamp) -> bool {
-    let moved = own.and_then(image_of).is_none_or(|own| own == image);
-    let agents = stores.shared.agents.as_ref().map(Store::state);
-    // Where agents are named, none found is not all of them done.
-    let follow = agents
-        .is_none_or(|found| !found.is_empty() && found.iter().all(|agents| is_done(agents, image)));
-    let moving = |found: &&Arc<Deployment>| is_moving(found, image, now);
-    moved || (follow && stores.deployments.state().iter().filter(moving).count() < MOVES)
-}
-
-/// All Pods of the DaemonSet run `image` and are available.
-fn is_done(agents: &DaemonSet, image: &str) -> bool {
-    let template = agents.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
-    let runs = template.and_then(|pod| pod.containers.first()?.image.as_deref()) == Some(image);
-    let status = agents.status.clone().unwrap_or_default();
-    let wanted = status.desired_number_scheduled;
-    runs && status.observed_generation >= agents.metadata.generation
-        && status.updated_number_scheduled.unwrap_or(0) >= wanted
-        && status.number_available.unwrap_or(0) >= wanted
-}
-
-/// A rollout to `image` that is not over and makes progress.
-fn is_moving(deployment: &Deployment, image: &str, now: Timestamp) -> bool {
-    let status = deployment.status.clone().unwrap_or_default();
-    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-    let seen = status.observed_generation >= deployment.metadata.generation;
-    let done = status.updated_replicas.unwrap_or(0) >= wanted
-        && status.available_replicas.unwrap_or(0) >= wanted
-        && status.replicas.unwrap_or(0) == wanted;
-    let progress = status.conditions.iter().flatten().find(|found| found.type_ == "Progressing");
-    let stuck = progress
-        .and_then(|found| found.last_update_time.as_ref())
-        .is_some_and(|time| now.as_second() - time.0.as_second() > STUCK_SECONDS);
-    image_of(deployment) == Some(image) && !(seen && (done || stuck))
 }
 
 fn meta<K>(store: &Store<K>, name: &str, namespace: &str) -> Option<ObjectMeta>

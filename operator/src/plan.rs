@@ -11,7 +11,8 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use crate::apply::is_owned;
 use crate::config::Config;
 use crate::desired::Children;
-use crate::observe::{Child, Observed, image_of};
+use crate::moves::image_of;
+use crate::observe::{Child, Observed};
 use crate::pods::PodSeen;
 use crate::status;
 

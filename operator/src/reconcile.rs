@@ -73,6 +73,10 @@ pub async fn reconcile(
     };
     let result = if done.is_ok() { "ok" } else { "error" };
     context.metrics.reconciled(result, start.elapsed());
+    if done.is_err() {
+        // What could not be written is not on its way.
+        context.stores.shared.moves.give_up(&key_of(model.meta()));
+    }
     let look_again = done?;
     context.failures.clear(&model);
     Ok(Action::requeue(look_again))

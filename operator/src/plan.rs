@@ -7,10 +7,11 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::ResourceExt;
 
 use crate::apply::is_owned;
 use crate::config::Config;
-use crate::desired::Children;
+use crate::desired::{Children, GENERATION};
 use crate::moves::image_of;
 use crate::observe::{Child, Observed};
 use crate::pods::PodSeen;
@@ -45,8 +46,8 @@ pub struct Plan {
 
 /// What the cluster should be told.
 pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Plan {
-    let image = image(observed, config);
-    let children = Children::of(model, config, &image);
+    let image = image(model, observed, config);
+    let children = Children::of(model, config, image.unwrap_or(&config.replica_image));
     let mut changes = vec![
         Change::ApplyService(Box::new(children.service)),
         Change::ApplyDisruptionBudget(Box::new(children.disruption_budget)),
@@ -55,22 +56,37 @@ pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Pla
         Some(policy) => changes.push(Change::ApplyNetworkPolicy(Box::new(policy))),
         None => changes.extend(stray_policy(model, observed)),
     }
-    changes.push(Change::ApplyDeployment(Box::new(children.deployment)));
+    if image.is_some() {
+        changes.push(Change::ApplyDeployment(Box::new(children.deployment)));
+    }
     let spent = observed.pods.iter().filter(|pod| is_spent(pod, observed));
     changes.extend(spent.map(|pod| Change::DeletePod { name: pod.name.clone() }));
     let status = status::status(model, observed);
-    let is_done = status::is_settled(&status) && image == config.replica_image;
+    let is_done = status::is_settled(&status) && image == Some(config.replica_image.as_str());
     let look_again = if is_done { LATER } else { SOON };
     Plan { changes, status, look_again }
 }
 
-/// The image that replicas run. A new one comes after the node agents run it, to a few models at a time.
-fn image(observed: &Observed, config: &Config) -> String {
-    let runs = observed.deployment.as_deref().and_then(image_of);
-    match runs {
-        Some(runs) if !observed.may_move => runs.to_owned(),
-        Some(_) | None => config.replica_image.clone(),
-    }
+/// The image that replicas should run; absent: their Deployment stays as it is. A new one comes after the node agents run
+/// it, to a few models at a time. Until then the old one keeps its whole template, since a newer operator's may have
+/// arguments that it does not know; only what a user edits is not held.
+fn image<'a>(
+    model: &InferenceModel,
+    observed: &'a Observed,
+    config: &'a Config,
+) -> Option<&'a str> {
+    let wanted = Some(config.replica_image.as_str());
+    let Some(deployment) = observed.deployment.as_deref().filter(|_| !observed.may_move) else {
+        return wanted;
+    };
+    let Some(runs) = image_of(deployment) else { return wanted };
+    is_edited(model, deployment).then_some(runs)
+}
+
+/// Whether a Deployment was made of another generation of its model.
+fn is_edited(model: &InferenceModel, deployment: &Deployment) -> bool {
+    let made_of = deployment.annotations().get(GENERATION).and_then(|it| it.parse::<i64>().ok());
+    made_of.is_some_and(|generation| model.metadata.generation != Some(generation))
 }
 
 /// A policy of ours that is no longer wanted.

@@ -277,19 +277,30 @@ proptest! {
     }
 }
 
+/// The image that a plan gives a model whose Deployment was made of `generation` with the image of before.
+fn planned_image(may_move: bool, generation: Option<i64>) -> Option<String> {
+    let deployment = generation.map(|generation| {
+        let mut before = model(json!({}));
+        before.metadata.generation = Some(generation);
+        Arc::new(Children::of(&before, &config(), "localhost/bindery:0").deployment)
+    });
+    let observed = Observed { may_move, ..seen(Vec::new(), deployment) };
+    let planned = plan(&model(json!({})), &observed, &config());
+    assert_eq!(planned.look_again, SOON);
+    planned.changes.iter().find_map(|change| match change {
+        Change::ApplyDeployment(found) => image_of(found).map(str::to_owned),
+        _ => None,
+    })
+}
+
 #[test]
 fn replicas_move_to_a_new_image_only_when_they_may() {
-    let old = Children::of(&model(json!({})), &config(), "localhost/bindery:0").deployment;
-    let image = |may_move, deployment: Option<&Deployment>| {
-        let deployment = deployment.map(|found| Arc::new(found.clone()));
-        let observed = Observed { may_move, ..seen(Vec::new(), deployment) };
-        let planned = plan(&model(json!({})), &observed, &config());
-        planned.changes.iter().find_map(|change| match change {
-            Change::ApplyDeployment(found) => image_of(found).map(str::to_owned),
-            _ => None,
-        })
-    };
-    assert_eq!(image(false, Some(&old)).as_deref(), Some("localhost/bindery:0"));
-    assert_eq!(image(true, Some(&old)).as_deref(), Some("localhost/bindery:1"));
-    assert_eq!(image(false, None).as_deref(), Some("localhost/bindery:1"), "a new model");
+    assert_eq!(planned_image(true, Some(3)).as_deref(), Some("localhost/bindery:1"));
+    assert_eq!(planned_image(false, None).as_deref(), Some("localhost/bindery:1"), "a new model");
+}
+
+#[test]
+fn an_old_image_keeps_its_whole_template_until_a_user_edits_the_model() {
+    assert_eq!(planned_image(false, Some(3)), None, "the Deployment is not written");
+    assert_eq!(planned_image(false, Some(2)).as_deref(), Some("localhost/bindery:0"));
 }

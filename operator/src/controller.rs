@@ -24,6 +24,8 @@ use tokio::sync::watch;
 
 use crate::admin;
 use crate::apply::{Applier, ApplyError, MANAGER};
+use crate::ask::Asker;
+use crate::backoff::Counts;
 use crate::config::Config;
 use crate::desired::MODEL_LABEL;
 use crate::lease::Lease;
@@ -31,7 +33,7 @@ use crate::metrics::Metrics;
 use crate::moves::Moves;
 use crate::observe::{Shared, Stores};
 use crate::pods::{Pods, Writer};
-use crate::reconcile::{Context, Failures, Teller, Watched, after_error, reconcile};
+use crate::reconcile::{Context, Teller, Watched, after_error, reconcile};
 
 /// Models that are reconciled at once.
 const CONCURRENCY: u16 = 16;
@@ -65,6 +67,7 @@ async fn live(config: Config) -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", config.port)).await;
     let listener = listener.with_context(|| format!("listen on port {}", config.port))?;
     tokio::spawn(admin::serve(listener, metrics.clone()));
+    let asker = Asker::new().context("make a client for replicas")?;
     let client = Client::try_default().await.context("find the API server")?;
     let mut lease = Lease::new(client.clone(), &config);
     let stopped = async {
@@ -81,7 +84,7 @@ async fn live(config: Config) -> Result<()> {
     tracing::info!("this operator leads");
     metrics.leads(true);
     let led = tokio::select! {
-        () = work(client, config, metrics) => anyhow::bail!("the watches have ended"),
+        () = work(client, config, metrics, asker) => anyhow::bail!("the watches have ended"),
         lost = lease.hold() => Err(lost),
         () = &mut stopped => Ok(()),
     };
@@ -96,8 +99,8 @@ async fn live(config: Config) -> Result<()> {
 
 /// Reconciles for as long as it is polled. Each namespace has its watches and its controller: a watch that lists anew
 /// replaces what its store has, so that no two may share one.
-async fn work(client: Client, config: Config, metrics: Metrics) {
-    let (shared, followed) = shared(&client, &config);
+async fn work(client: Client, config: Config, metrics: Metrics, asker: Asker) {
+    let (shared, followed) = shared(&client, &config, asker);
     let namespaces = match config.namespaces.as_slice() {
         [] => vec![None],
         some => some.iter().cloned().map(Some).collect(),
@@ -117,16 +120,14 @@ async fn control(
 ) {
     let scope = Scope { client, namespace };
     let (stores, triggers) = scope.watch_all(shared);
-    let http = reqwest::Client::builder().no_proxy().build().unwrap_or_default();
     let reporter = Reporter { controller: MANAGER.into(), instance: Some(config.own_name.clone()) };
     let context = Arc::new(Context {
         applier: Applier::new(client.clone()),
         teller: Teller::new(Recorder::new(client.clone(), reporter)),
         config: config.clone(),
         stores,
-        http,
         metrics: metrics.clone(),
-        failures: Failures::default(),
+        failures: Counts::default(),
     });
     let (models, writer) = reflector::store::<Watched>();
     let changed = watcher(scope.api(), watcher::Config::default())
@@ -266,7 +267,11 @@ fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<Watc
 }
 
 /// Watches nodes and agents. They wake nobody: a model that waits for them looks again by itself.
-fn shared(client: &Client, config: &Config) -> (Shared, impl Stream<Item = ()> + Send + use<>) {
+fn shared(
+    client: &Client,
+    config: &Config,
+    asker: Asker,
+) -> (Shared, impl Stream<Item = ()> + Send + use<>) {
     let (nodes, node_events) = nodes(client);
     let (agents, agent_events) = config.node_agents.as_deref().map_or_else(
         || (None, futures_util::stream::pending().boxed()),
@@ -276,7 +281,13 @@ fn shared(client: &Client, config: &Config) -> (Shared, impl Stream<Item = ()> +
         },
     );
     let moves = Arc::new(Moves::new(agents));
-    let shared = Shared { pods: Pods::default(), nodes, moves, begun: Arc::default() };
+    let shared = Shared {
+        pods: Pods::default(),
+        nodes,
+        moves,
+        asker: Arc::new(asker),
+        begun: Arc::default(),
+    };
     (shared, select(node_events, agent_events))
 }
 

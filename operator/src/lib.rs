@@ -3,6 +3,8 @@
 
 pub mod admin;
 pub mod apply;
+pub mod ask;
+pub mod backoff;
 pub mod config;
 pub mod controller;
 pub mod desired;

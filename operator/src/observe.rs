@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use crds::{InferenceModel, ReplicaState};
-use futures_util::StreamExt;
+use crds::InferenceModel;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -17,16 +15,10 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
-use crate::desired::{HEALTH_PORT, resource_of};
+use crate::ask::Asker;
+use crate::desired::resource_of;
 use crate::moves::Moves;
 use crate::pods::{Key, PodSeen, Pods, key_of};
-
-/// The longest that a replica may take to say how it is.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Replicas that are asked at once.
-const AT_ONCE: usize = 8;
-/// The largest answer of a replica.
-const LARGEST_STATE: u64 = 16 << 10;
 
 /// What the watches keep, of one namespace or of all.
 #[derive(Clone, Debug)]
@@ -49,6 +41,7 @@ pub struct Shared {
     pub nodes: Store<Node>,
     /// Which models' replicas move to a new image.
     pub moves: Arc<Moves>,
+    pub asker: Arc<Asker>,
     /// Set once these watches have begun.
     pub begun: Arc<OnceCell<()>>,
 }
@@ -127,12 +120,7 @@ impl NodeSeen {
 }
 
 /// Looks at a model's surroundings. Replicas that are not ready are asked how they are.
-pub async fn observe(
-    model: &InferenceModel,
-    stores: &Stores,
-    http: &reqwest::Client,
-    image: &str,
-) -> Observed {
+pub async fn observe(model: &InferenceModel, stores: &Stores, image: &str) -> Observed {
     let name = model.name_any();
     let namespace = model.namespace().unwrap_or_default();
     let deployment = stores.deployment(&key_of(&model.metadata));
@@ -145,9 +133,9 @@ pub async fn observe(
     head(Child::DisruptionBudget, meta(&stores.disruption_budgets, &name, &namespace));
     head(Child::NetworkPolicy, meta(&stores.network_policies, &name, &namespace));
     let mut pods = stores.shared.pods.of(&namespace, &name);
-    ask(&mut pods, http).await;
-    let nodes = nodes(model, stores);
     let now = Timestamp::now();
+    stores.shared.asker.ask(&namespace, &mut pods, now).await;
+    let nodes = nodes(model, stores);
     let key = key_of(&model.metadata);
     let may_move = stores.shared.moves.may_move(&key, deployment.as_deref(), image, now);
     Observed { deployment, heads, pods, nodes, may_move, now }
@@ -158,29 +146,6 @@ where
     K: Resource<DynamicType = ()> + Clone + 'static,
 {
     store.get(&ObjectRef::new(name).within(namespace)).map(|found| found.meta().clone())
-}
-
-/// Asks the replicas that run and are not ready.
-async fn ask(pods: &mut [PodSeen], http: &reqwest::Client) {
-    let unready = pods.iter_mut().filter(|pod| !pod.ready && !pod.deleting && !pod.failed);
-    futures_util::stream::iter(unready)
-        .for_each_concurrent(AT_ONCE, |pod| async move {
-            let Some(ip) = &pod.ip else { return };
-            let asked = tokio::time::timeout(PATIENCE, state_of(ip, http)).await;
-            if let Ok(Some(state)) = asked {
-                pod.state = Some(state);
-            }
-        })
-        .await;
-}
-
-async fn state_of(ip: &str, http: &reqwest::Client) -> Option<ReplicaState> {
-    let host = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
-    let answer = http.get(format!("http://{host}:{HEALTH_PORT}/state")).send().await.ok()?;
-    if answer.content_length().is_none_or(|length| length > LARGEST_STATE) {
-        return None;
-    }
-    answer.json().await.ok()
 }
 
 /// Nodes that the model's selector takes and that lend its kind of memory.

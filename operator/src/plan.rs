@@ -105,4 +105,4 @@ fn is_spent(pod: &PodSeen, observed: &Observed) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

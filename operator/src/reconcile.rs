@@ -1,7 +1,6 @@
 //! One model: observe, plan, apply. Also when to come back, and what is told to people.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
@@ -14,6 +13,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
 
 use crate::apply::{Applier, ApplyError};
+use crate::backoff::{Backoff, Counts};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::observe::{Stores, observe};
@@ -21,9 +21,11 @@ use crate::plan::plan;
 use crate::pods::key_of;
 use crate::status;
 
-/// The first and the longest time from an error to the next try of the same model.
-const FIRST_RETRY: Duration = Duration::from_millis(500);
-const LONGEST_RETRY: Duration = Duration::from_secs(60);
+/// From an error to the next try of the same model.
+const RETRY: Backoff =
+    Backoff { first: Duration::from_millis(500), longest: Duration::from_secs(60) };
+/// When a model is looked at again of which nothing can be done.
+const LATER: Duration = Duration::from_secs(300);
 
 /// A model as its watch gives it: one that this operator cannot read must not end the watch for all.
 pub type Watched = DeserializeGuard<InferenceModel>;
@@ -33,29 +35,11 @@ pub type Watched = DeserializeGuard<InferenceModel>;
 pub struct Context {
     pub config: Config,
     pub stores: Stores,
-    pub http: reqwest::Client,
     pub applier: Applier,
     pub teller: Teller,
     pub metrics: Metrics,
-    pub failures: Failures,
-}
-
-/// How often each model has failed in a row.
-#[derive(Debug, Default)]
-pub struct Failures(Mutex<HashMap<ObjectRef<Watched>, u32>>);
-
-impl Failures {
-    fn count(&self, model: &Watched) -> u32 {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(ObjectRef::from_obj(model)).or_default();
-        *count = count.saturating_add(1);
-        *count
-    }
-
-    fn clear(&self, model: &Watched) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.remove(&ObjectRef::from_obj(model));
-    }
+    /// Errors in a row.
+    pub failures: Counts,
 }
 
 /// Brings one model nearer to what is asked.
@@ -78,7 +62,7 @@ pub async fn reconcile(
         context.stores.shared.moves.give_up(&key_of(model.meta()));
     }
     let look_again = done?;
-    context.failures.clear(&model);
+    context.failures.clear(&key_of(model.meta()));
     Ok(Action::requeue(look_again))
 }
 
@@ -86,11 +70,10 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
     if model.metadata.deletion_timestamp.is_some() {
         // The garbage collector takes the children.
         context.applier.forget(&model.namespace().unwrap_or_default(), &model.name_any());
-        return Ok(LONGEST_RETRY);
+        return Ok(LATER);
     }
     context.stores.wait().await;
-    let observed =
-        observe(model, &context.stores, &context.http, &context.config.replica_image).await;
+    let observed = observe(model, &context.stores, &context.config.replica_image).await;
     let plan = plan(model, &observed, &context.config);
     for change in &plan.changes {
         if let Err(error) = context.applier.apply(model, &observed, change).await {
@@ -113,7 +96,7 @@ async fn refuse(invalid: &InvalidObject, context: &Context) -> Result<Duration, 
     let deployment = context.stores.deployment(&key_of(&invalid.metadata));
     let status = status::unreadable(invalid, deployment.as_deref(), Timestamp::now());
     context.applier.write_unreadable(invalid, &status).await?;
-    Ok(LONGEST_RETRY)
+    Ok(LATER)
 }
 
 /// Later and later, and not all at once.
@@ -124,20 +107,10 @@ pub fn after_error(
 ) -> Action {
     context.metrics.failed(error.kind());
     let name = ObjectRef::from_obj(&*model);
-    let retry = backoff(context.failures.count(&model), &name.to_string());
+    let n_failures = context.failures.add(&key_of(model.meta()));
+    let retry = RETRY.wait(n_failures, &name.to_string());
     tracing::warn!(%name, %error, ?retry, "cannot reconcile");
     Action::requeue(retry)
-}
-
-/// Doubles with each failure; a part that depends on the model spreads them.
-fn backoff(n_failures: u32, name: &str) -> Duration {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (name, n_failures).hash(&mut hasher);
-    let percent = u32::try_from(hasher.finish() % 50).unwrap_or(0);
-    let doubled = FIRST_RETRY.saturating_mul(1 << n_failures.saturating_sub(1).min(16));
-    let longest = doubled.min(LONGEST_RETRY);
-    longest + longest * percent / 100
 }
 
 /// Tells people of what changes: one Event for each new reason of `Ready`.
@@ -179,19 +152,5 @@ impl Teller {
         if let Err(error) = self.0.publish(&event, &model.object_ref(&())).await {
             tracing::warn!(%error, "cannot publish an event");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_model_that_fails_is_tried_later_and_later_up_to_a_limit() {
-        let times: Vec<_> = (1..20).map(|n| backoff(n, "a")).collect();
-        assert!(times[0] >= FIRST_RETRY && times[0] <= FIRST_RETRY * 3 / 2);
-        assert!(times[3] > times[0]);
-        assert!(times.iter().all(|time| *time <= LONGEST_RETRY * 3 / 2));
-        assert_ne!(backoff(5, "a"), backoff(5, "b"), "models are spread");
     }
 }

@@ -11,7 +11,8 @@ use crate::desired::tests::{config, model};
 use crate::observe::NodeSeen;
 use crate::reconcile::Watched;
 
-fn pod(name: &str) -> PodSeen {
+/// A Pod that is not ready and says nothing.
+pub(crate) fn pod(name: &str) -> PodSeen {
     PodSeen {
         name: name.into(),
         template: "new".into(),

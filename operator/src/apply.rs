@@ -73,8 +73,8 @@ impl ApplyError {
 /// Sends changes, and remembers what was sent.
 pub struct Applier {
     client: Client,
-    sent: Mutex<HashMap<(Child, String, String), Sent>>,
-    told: Mutex<HashMap<(String, String), Instant>>,
+    sent: Mutex<HashMap<(Child, Key), Sent>>,
+    told: Mutex<HashMap<Key, Instant>>,
     /// Generations of models that cannot be read and what was said of them: their own status cannot be read either.
     unreadable: Mutex<HashMap<Key, (Option<i64>, String)>>,
 }
@@ -197,7 +197,7 @@ impl Applier {
             serde_json::to_value(desired).map_err(|source| ApplyError::Json { what, source })?;
         let head = owner.heads.get(&child);
         let now = Sent { desired: hash(&body), stood: head.and_then(stand) };
-        let key = (child, namespace.clone(), name.clone());
+        let key = (child, key_of(desired.meta()));
         if head.is_some_and(|head| owner.owns(head)) && self.sent().get(&key) == Some(&now) {
             return Ok(());
         }
@@ -310,17 +310,15 @@ impl Applier {
     }
 
     /// Forgets a model that is gone.
-    pub fn forget(&self, namespace: &str, name: &str) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        told.remove(&(namespace.to_owned(), name.to_owned()));
-        drop(told);
-        self.unreadable().remove(&(namespace.to_owned(), name.to_owned()));
-        self.sent().retain(|(_, its_namespace, its_name), _| {
-            its_namespace != namespace || its_name != name
-        });
+    pub fn forget(&self, model: &Key) {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).remove(model);
+        self.unreadable().remove(model);
+        for child in Child::ALL {
+            self.sent().remove(&(child, model.clone()));
+        }
     }
 
-    fn sent(&self) -> std::sync::MutexGuard<'_, HashMap<(Child, String, String), Sent>> {
+    fn sent(&self) -> std::sync::MutexGuard<'_, HashMap<(Child, Key), Sent>> {
         // A map of what was sent is right at any moment.
         self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -32,7 +32,7 @@ use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::moves::Moves;
 use crate::observe::{Shared, Stores};
-use crate::pods::{Pods, Writer};
+use crate::pods::{Key, Pods, Writer};
 use crate::reconcile::{Context, Teller, Watched, after_error, reconcile};
 
 /// Models that are reconciled at once.
@@ -139,19 +139,26 @@ async fn control(
     let controller = Controller::for_stream(changed, models)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .reconcile_on(triggers);
-    let results = controller.run(reconcile, after_error, context);
-    results.for_each(|result| std::future::ready(hear(result))).await;
+    let results = controller.run(reconcile, after_error, Arc::clone(&context));
+    let heard = results.for_each(|result| {
+        hear(result, |gone| context.forget(gone));
+        std::future::ready(())
+    });
+    heard.await;
 }
 
 type Reconciled =
     Result<(ObjectRef<Watched>, Action), controller::Error<ApplyError, watcher::Error>>;
 
-/// Tells what nobody else has told.
-fn hear(result: Reconciled) {
+/// Tells what nobody else has told, and of models that are gone. Nothing reconciles such a one any more: no finalizer keeps
+/// it, its last event and those of its children come here.
+fn hear(result: Reconciled, forget: impl FnOnce(&Key)) {
     match result {
-        // The second is told where it is tried again; the third is a model that is gone.
-        Ok(_)
-        | Err(controller::Error::ReconcilerFailed(..) | controller::Error::ObjectNotFound(_)) => {}
+        // The second is told where it is tried again.
+        Ok(_) | Err(controller::Error::ReconcilerFailed(..)) => {}
+        Err(controller::Error::ObjectNotFound(gone)) => {
+            forget(&(gone.namespace.unwrap_or_default(), gone.name));
+        }
         Err(controller::Error::QueueError(error)) => {
             tracing::warn!(%error, "the watch of models broke off");
         }
@@ -331,4 +338,19 @@ fn told<K: 'static>(
         }
     });
     told.boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_is_gone_is_forgotten() {
+        let gone = ObjectRef::<Watched>::new("m").within("n").erase();
+        let mut forgotten = None;
+        hear(Err(controller::Error::ObjectNotFound(Box::new(gone))), |key| {
+            forgotten = Some(key.clone());
+        });
+        assert_eq!(forgotten, Some(("n".to_owned(), "m".to_owned())));
+    }
 }

@@ -103,6 +103,12 @@ pub enum Child {
     NetworkPolicy,
 }
 
+impl Child {
+    /// Every kind.
+    pub const ALL: [Self; 4] =
+        [Self::Deployment, Self::Service, Self::DisruptionBudget, Self::NetworkPolicy];
+}
+
 /// A node that could lend memory of the wanted kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeSeen {

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::observe::{Stores, observe};
 use crate::plan::plan;
-use crate::pods::key_of;
+use crate::pods::{Key, key_of};
 use crate::status;
 
 /// From an error to the next try of the same model.
@@ -40,6 +40,15 @@ pub struct Context {
     pub metrics: Metrics,
     /// Errors in a row.
     pub failures: Counts,
+}
+
+impl Context {
+    /// Forgets a model that is gone.
+    pub fn forget(&self, model: &Key) {
+        self.applier.forget(model);
+        self.failures.clear(model);
+        self.stores.shared.moves.give_up(model);
+    }
 }
 
 /// Brings one model nearer to what is asked.
@@ -69,7 +78,6 @@ pub async fn reconcile(
 async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, ApplyError> {
     if model.metadata.deletion_timestamp.is_some() {
         // The garbage collector takes the children.
-        context.applier.forget(&model.namespace().unwrap_or_default(), &model.name_any());
         return Ok(LATER);
     }
     context.stores.wait().await;

@@ -105,7 +105,7 @@ async fn a_child_is_changed_by_force_and_no_other_in_its_place() {
 }
 
 #[tokio::test]
-async fn what_was_sent_is_not_sent_again() {
+async fn what_was_sent_is_not_sent_again_and_forgotten_with_its_model() {
     let model = model(json!({}));
     let desired = Children::of(&model, &config(), "localhost/bindery:1").service;
     let there = service(Some("1234"));
@@ -118,4 +118,9 @@ async fn what_was_sent_is_not_sent_again() {
         applier.apply(&model, &observed, &change).await.unwrap();
     }
     assert_eq!(n_writes(&log.lock().unwrap()), 1);
+    assert!(applier.may_tell("default", "tiny"));
+    applier.forget(&("default".into(), "other".into()));
+    assert_eq!(applier.sent().len(), 1);
+    applier.forget(&("default".into(), "tiny".into()));
+    assert!(applier.sent().is_empty() && applier.told.lock().unwrap().is_empty());
 }

@@ -180,7 +180,7 @@ impl Applier {
             Change::DeleteNetworkPolicy { name } => {
                 self.delete::<NetworkPolicy>(model, "delete NetworkPolicy", name).await
             }
-            Change::DeletePod { name } => self.delete::<Pod>(model, "delete Pod", name).await,
+            Change::DeletePod { name, .. } => self.delete::<Pod>(model, "delete Pod", name).await,
         }
     }
 

@@ -293,6 +293,7 @@ fn shared(
         nodes,
         moves,
         asker: Arc::new(asker),
+        fragmented: Arc::default(),
         begun: Arc::default(),
     };
     (shared, select(node_events, agent_events))

@@ -16,6 +16,7 @@ use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
 use crate::ask::Asker;
+use crate::backoff::Counts;
 use crate::desired::resource_of;
 use crate::moves::Moves;
 use crate::pods::{Key, PodSeen, Pods, key_of};
@@ -42,6 +43,8 @@ pub struct Shared {
     /// Which models' replicas move to a new image.
     pub moves: Arc<Moves>,
     pub asker: Arc<Asker>,
+    /// Fragmented replicas that were replaced in a row, by model.
+    pub fragmented: Arc<Counts>,
     /// Set once these watches have begun.
     pub begun: Arc<OnceCell<()>>,
 }
@@ -91,6 +94,8 @@ pub struct Observed {
     pub nodes: Vec<NodeSeen>,
     /// Whether replicas may move to the operator's image now.
     pub may_move: bool,
+    /// Fragmented replicas that were replaced in a row.
+    pub n_fragmented: u32,
     pub now: Timestamp,
 }
 
@@ -144,7 +149,8 @@ pub async fn observe(model: &InferenceModel, stores: &Stores, image: &str) -> Ob
     let nodes = nodes(model, stores);
     let key = key_of(&model.metadata);
     let may_move = stores.shared.moves.may_move(&key, deployment.as_deref(), image, now);
-    Observed { deployment, heads, pods, nodes, may_move, now }
+    let n_fragmented = stores.shared.fragmented.of(&key);
+    Observed { deployment, heads, pods, nodes, may_move, n_fragmented, now }
 }
 
 fn meta<K>(store: &Store<K>, name: &str, namespace: &str) -> Option<ObjectMeta>

@@ -10,6 +10,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
 
 use crate::apply::is_owned;
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::desired::{Children, GENERATION};
 use crate::moves::image_of;
@@ -17,9 +18,10 @@ use crate::observe::{Child, Observed};
 use crate::pods::PodSeen;
 use crate::status;
 
-/// A replica whose grant is spread over devices is replaced after this long: while it holds its units the node's total is
-/// smaller, so that its successor tends elsewhere.
-const FRAGMENTED_SECONDS: i64 = 30;
+/// The age at which a replica whose grant is spread over devices is replaced: while it holds its units the node's total is
+/// smaller, so that its successor tends elsewhere. Each one in a row may grow older.
+const FRAGMENTED: Backoff =
+    Backoff { first: Duration::from_secs(30), longest: Duration::from_secs(15 * 60) };
 /// How often a model that changes is looked at, for the words of its replicas.
 const SOON: Duration = Duration::from_secs(2);
 /// How often one that does not change is.
@@ -33,7 +35,16 @@ pub enum Change {
     ApplyDisruptionBudget(Box<PodDisruptionBudget>),
     ApplyNetworkPolicy(Box<NetworkPolicy>),
     DeleteNetworkPolicy { name: String },
-    DeletePod { name: String },
+    DeletePod { name: String, spent: Spent },
+}
+
+/// Why a Pod will not come to anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spent {
+    /// Its node ended it.
+    Failed,
+    /// Its grant is spread over devices.
+    Fragmented,
 }
 
 /// What to do now, what to say, and when to look again.
@@ -59,8 +70,11 @@ pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Pla
     if image.is_some() {
         changes.push(Change::ApplyDeployment(Box::new(children.deployment)));
     }
-    let spent = observed.pods.iter().filter(|pod| is_spent(pod, observed));
-    changes.extend(spent.map(|pod| Change::DeletePod { name: pod.name.clone() }));
+    let name = model.name_any();
+    changes.extend(observed.pods.iter().filter_map(|pod| {
+        let spent = spent(pod, observed, &name)?;
+        Some(Change::DeletePod { name: pod.name.clone(), spent })
+    }));
     let status = status::status(model, observed);
     let is_done = status::is_settled(&status) && image == Some(config.replica_image.as_str());
     let look_again = if is_done { LATER } else { SOON };
@@ -97,11 +111,15 @@ fn stray_policy(model: &InferenceModel, observed: &Observed) -> Option<Change> {
 }
 
 /// A Pod that will not come back: its ReplicaSet makes another.
-fn is_spent(pod: &PodSeen, observed: &Observed) -> bool {
-    let age = pod.created.map_or(0, |created| observed.now.as_second() - created.as_second());
-    let fragmented =
-        pod.state.as_ref().is_some_and(|state| state.reason == Reason::Fragmented) && !pod.ready;
-    !pod.deleting && (pod.failed || (fragmented && age >= FRAGMENTED_SECONDS))
+fn spent(pod: &PodSeen, observed: &Observed, model: &str) -> Option<Spent> {
+    if pod.failed || pod.ready || pod.deleting {
+        return (pod.failed && !pod.deleting).then_some(Spent::Failed);
+    }
+    let is_fragmented =
+        pod.state.as_ref().is_some_and(|state| state.reason == Reason::Fragmented);
+    let wait = FRAGMENTED.wait(observed.n_fragmented.saturating_add(1), model);
+    let is_old = pod.created.is_some_and(|created| created + wait <= observed.now);
+    (is_fragmented && is_old).then_some(Spent::Fragmented)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::backoff::{Backoff, Counts};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::observe::{Stores, observe};
-use crate::plan::plan;
+use crate::plan::{Change, Spent, plan};
 use crate::pods::{Key, key_of};
 use crate::status;
 
@@ -47,6 +47,7 @@ impl Context {
     pub fn forget(&self, model: &Key) {
         self.applier.forget(model);
         self.failures.clear(model);
+        self.stores.shared.fragmented.clear(model);
         self.stores.shared.moves.give_up(model);
     }
 }
@@ -92,6 +93,12 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
             }
             return Err(error);
         }
+        if matches!(change, Change::DeletePod { spent: Spent::Fragmented, .. }) {
+            context.stores.shared.fragmented.add(&key_of(&model.metadata));
+        }
+    }
+    if status::is_settled(&plan.status) {
+        context.stores.shared.fragmented.clear(&key_of(&model.metadata));
     }
     context.applier.write_status(model, &plan.status).await?;
     context.teller.tell(model, &plan.status).await;

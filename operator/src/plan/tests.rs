@@ -183,6 +183,17 @@ fn zero_replicas_are_a_wish_that_is_met() {
     assert_eq!(plan.look_again, LATER);
 }
 
+/// The Pods that a plan deletes at this second.
+fn deleted(observed: Observed, second: i64) -> Vec<String> {
+    let observed = Observed { now: Timestamp::from_second(second).unwrap(), ..observed };
+    let plan = plan(&model(json!({})), &observed, &config());
+    let names = plan.changes.into_iter().filter_map(|change| match change {
+        Change::DeletePod { name, .. } => Some(name),
+        _ => None,
+    });
+    names.collect()
+}
+
 #[test]
 fn pods_that_will_not_come_back_are_deleted_and_no_others() {
     let failed = PodSeen { failed: true, ..pod("failed") };
@@ -191,27 +202,21 @@ fn pods_that_will_not_come_back_are_deleted_and_no_others() {
         created: Some(Timestamp::from_second(90).unwrap()),
         ..saying("young", Reason::Fragmented, "over two devices")
     };
-    let going = PodSeen { deleting: true, ..failed.clone() };
-    let pods = vec![
-        ready("a"),
-        pod("b"),
-        failed,
-        spread,
-        young,
-        PodSeen { name: "going".into(), ..going },
-    ];
-    let mut observed = seen(pods, deployment(1, 1, 1));
-    observed.now = Timestamp::from_second(100).unwrap();
-    let plan = plan(&model(json!({})), &observed, &config());
-    let deleted: Vec<_> = plan
-        .changes
-        .iter()
-        .filter_map(|change| match change {
-            Change::DeletePod { name } => Some(name.as_str()),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(deleted, ["failed", "spread"]);
+    let going = PodSeen { name: "going".into(), deleting: true, ..failed.clone() };
+    let pods = vec![ready("a"), pod("b"), failed, spread, young, going];
+    assert_eq!(deleted(seen(pods, deployment(1, 1, 1)), 100), ["failed", "spread"]);
+}
+
+#[test]
+fn each_fragmented_replica_in_a_row_may_grow_older() {
+    let age = |n_fragmented| {
+        let pods = vec![saying("spread", Reason::Fragmented, "over two devices")];
+        let observed = Observed { n_fragmented, ..seen(pods, deployment(1, 1, 0)) };
+        (0..2000).find(|second| !deleted(observed.clone(), *second).is_empty()).unwrap()
+    };
+    let ages: Vec<_> = (0..8).map(age).collect();
+    assert!((30..=45).contains(&ages[0]), "{ages:?}");
+    assert!(ages[1] >= 60 && ages[2] >= 120 && ages[7] <= 1350, "{ages:?}");
 }
 
 #[test]

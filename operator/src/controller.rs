@@ -32,7 +32,7 @@ use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::moves::Moves;
 use crate::observe::{Shared, Stores};
-use crate::pods::{Key, Pods, Writer};
+use crate::pods::{Key, Pods, Writer, key_of};
 use crate::reconcile::{Context, Teller, Watched, after_error, reconcile};
 
 /// Models that are reconciled at once.
@@ -134,7 +134,15 @@ async fn control(
         .default_backoff()
         .modify(|model: &mut Watched| model.managed_fields_mut().clear())
         .reflect(writer)
-        .touched_objects();
+        .touched_objects()
+        .inspect({
+            let metrics = metrics.clone();
+            move |model| model.iter().for_each(|model| metrics.woke(key_of(model.meta())))
+        });
+    let triggers = triggers.inspect({
+        let metrics = metrics.clone();
+        move |model| metrics.woke(key_of_ref(model))
+    });
     metrics.watch(models.clone());
     let controller = Controller::for_stream(changed, models)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
@@ -145,6 +153,10 @@ async fn control(
         std::future::ready(())
     });
     heard.await;
+}
+
+fn key_of_ref(model: &ObjectRef<Watched>) -> Key {
+    (model.namespace.clone().unwrap_or_default(), model.name.clone())
 }
 
 type Reconciled =

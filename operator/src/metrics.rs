@@ -1,6 +1,7 @@
 //! What Prometheus sees of the operator.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crds::{ConditionType, InferenceModel};
@@ -10,6 +11,7 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::pods::Key;
 use crate::reconcile::Watched;
 
 /// Every metric, cheap to clone.
@@ -20,6 +22,9 @@ pub struct Metrics {
     errors: IntCounterVec,
     models: IntGaugeVec,
     leader: IntGauge,
+    pending: IntGauge,
+    /// Models that something has woken and that were not reconciled since; the controller does not tell.
+    woken: Arc<Mutex<HashSet<Key>>>,
     stores: Arc<Mutex<Vec<Store<Watched>>>>,
 }
 
@@ -58,11 +63,32 @@ impl Metrics {
             &["condition"],
         )?;
         let leader = IntGauge::new("bindery_operator_leader", "1 while this operator leads.")?;
+        let pending = IntGauge::new(
+            "bindery_operator_pending_reconciles",
+            "Models that something has woken and whose reconciliation has not begun since.",
+        )?;
+        registry.register(Box::new(pending.clone()))?;
         registry.register(Box::new(durations.clone()))?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(models.clone()))?;
         registry.register(Box::new(leader.clone()))?;
-        Ok(Self { registry, durations, errors, models, leader, stores: Arc::default() })
+        let (woken, stores) = (Arc::default(), Arc::default());
+        Ok(Self { registry, durations, errors, models, leader, pending, woken, stores })
+    }
+
+    /// Something has woken a model.
+    pub(crate) fn woke(&self, model: Key) {
+        self.woken().insert(model);
+    }
+
+    /// The reconciliation of a model begins, or it is gone.
+    pub(crate) fn begun(&self, model: &Key) {
+        self.woken().remove(model);
+    }
+
+    fn woken(&self) -> MutexGuard<'_, HashSet<Key>> {
+        // Every change is one call.
+        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn reconciled(&self, result: &str, duration: Duration) {
@@ -93,6 +119,7 @@ impl Metrics {
         let count = |label: &str, n: usize| {
             self.models.with_label_values(&[label]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };
+        self.pending.set(i64::try_from(self.woken().len()).unwrap_or(i64::MAX));
         count("any", watched.len());
         count("unreadable", watched.len() - models.len());
         let is_outdated = |model: &&&InferenceModel| {
@@ -111,5 +138,27 @@ impl Metrics {
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         String::from_utf8(text).map_err(|error| prometheus::Error::Msg(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_pending_from_what_wakes_it_to_its_reconciliation() {
+        let metrics = Metrics::new().unwrap();
+        let pending = || {
+            let text = metrics.exposition().unwrap();
+            let line = text.lines().find(|it| it.starts_with("bindery_operator_pending_reconciles "));
+            line.unwrap().rsplit_once(' ').unwrap().1.to_owned()
+        };
+        let key = |name: &str| ("n".to_owned(), name.to_owned());
+        for name in ["a", "a", "b"] {
+            metrics.woke(key(name));
+        }
+        assert_eq!(pending(), "2", "one that is woken twice is reconciled once");
+        metrics.begun(&key("a"));
+        assert_eq!(pending(), "1");
     }
 }

@@ -45,6 +45,7 @@ pub struct Context {
 impl Context {
     /// Forgets a model that is gone.
     pub fn forget(&self, model: &Key) {
+        self.metrics.begun(model);
         self.applier.forget(model);
         self.failures.clear(model);
         self.stores.shared.fragmented.clear(model);
@@ -61,6 +62,7 @@ pub async fn reconcile(
     context: Arc<Context>,
 ) -> Result<Action, ApplyError> {
     let start = Instant::now();
+    context.metrics.begun(&key_of(model.meta()));
     let done = match &model.0 {
         Ok(model) => write(model, &context).await,
         Err(invalid) => refuse(invalid, &context).await,

@@ -11,6 +11,7 @@ pub mod desired;
 pub mod lease;
 pub mod metrics;
 pub mod moves;
+pub mod nodes;
 pub mod observe;
 pub mod plan;
 pub mod pods;

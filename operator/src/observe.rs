@@ -17,8 +17,10 @@ use tokio::sync::{OnceCell, watch};
 
 use crate::ask::Asker;
 use crate::backoff::Counts;
+use crate::config::Config;
 use crate::desired::resource_of;
 use crate::moves::Moves;
+use crate::nodes::takes;
 use crate::pods::{Key, PodSeen, Pods, key_of};
 
 /// What the watches keep, of one namespace or of all.
@@ -92,11 +94,22 @@ pub struct Observed {
     /// Newest first.
     pub pods: Vec<PodSeen>,
     pub nodes: Vec<NodeSeen>,
+    /// Whose Pods are counted there.
+    pub counted: Counted,
     /// Whether replicas may move to the operator's image now.
     pub may_move: bool,
     /// Fragmented replicas that were replaced in a row.
     pub n_fragmented: u32,
     pub now: Timestamp,
+}
+
+/// Whose Pods an operator sees.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Counted {
+    #[default]
+    All,
+    /// Those of its list of namespaces.
+    Listed,
 }
 
 /// The kinds of children.
@@ -131,7 +144,7 @@ impl NodeSeen {
 }
 
 /// Looks at a model's surroundings. Replicas that are not ready are asked how they are.
-pub async fn observe(model: &InferenceModel, stores: &Stores, image: &str) -> Observed {
+pub async fn observe(model: &InferenceModel, stores: &Stores, config: &Config) -> Observed {
     let name = model.name_any();
     let namespace = model.namespace().unwrap_or_default();
     let deployment = stores.deployment(&key_of(&model.metadata));
@@ -148,9 +161,11 @@ pub async fn observe(model: &InferenceModel, stores: &Stores, image: &str) -> Ob
     stores.shared.asker.ask(&namespace, &mut pods, now).await;
     let nodes = nodes(model, stores);
     let key = key_of(&model.metadata);
-    let may_move = stores.shared.moves.may_move(&key, deployment.as_deref(), image, now);
+    let may_move = stores.shared.moves.may_move(&key, deployment.as_deref(), &config.replica_image, now);
     let n_fragmented = stores.shared.fragmented.of(&key);
-    Observed { deployment, heads, pods, nodes, may_move, n_fragmented, now }
+    let counted =
+        if config.namespaces.is_empty() { Counted::All } else { Counted::Listed };
+    Observed { deployment, heads, pods, nodes, counted, may_move, n_fragmented, now }
 }
 
 fn meta<K>(store: &Store<K>, name: &str, namespace: &str) -> Option<ObjectMeta>
@@ -160,12 +175,10 @@ where
     store.get(&ObjectRef::new(name).within(namespace)).map(|found| found.meta().clone())
 }
 
-/// Nodes that the model's selector takes and that lend its kind of memory.
+/// Nodes that take the model's replicas and lend its kind of memory.
 fn nodes(model: &InferenceModel, stores: &Stores) -> Vec<NodeSeen> {
     let resource = resource_of(model.spec.device);
-    let selector = &model.spec.scheduling.node_selector;
-    let fits =
-        |node: &Node| selector.iter().all(|(key, value)| node.labels().get(key) == Some(value));
+    let fits = |node: &Node| takes(node, &model.spec.scheduling);
     let mut nodes: Vec<_> = stores
         .shared
         .nodes

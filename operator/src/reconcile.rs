@@ -84,7 +84,7 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
         return Ok(LATER);
     }
     context.stores.wait().await;
-    let observed = observe(model, &context.stores, &context.config.replica_image).await;
+    let observed = observe(model, &context.stores, &context.config).await;
     let plan = plan(model, &observed, &context.config);
     for change in &plan.changes {
         if let Err(error) = context.applier.apply(model, &observed, change).await {

@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use kube::core::error_boundary::InvalidObject;
 
 use crate::desired::{resource_of, selector};
-use crate::observe::Observed;
+use crate::observe::{Counted, Observed};
 use crate::pods::{PodSeen, key_of};
 
 /// Nodes that a message names at most.
@@ -241,8 +241,12 @@ fn unscheduled(model: &InferenceModel, observed: &Observed, message: &str) -> Ca
     } else {
         ""
     };
+    let others = match observed.counted {
+        Counted::All => "",
+        Counted::Listed => " (less what Pods of other namespaces hold)",
+    };
     let message =
-        format!("asked {} of one node, free: {}{surge}", model.spec.memory, free.join(", "));
+        format!("asked {} of one node, free: {}{others}{surge}", model.spec.memory, free.join(", "));
     Cause { reason: Reason::InsufficientMemory, message }
 }
 

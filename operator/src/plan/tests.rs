@@ -8,7 +8,7 @@ use serde_json::json;
 use super::*;
 use crate::config::Switch;
 use crate::desired::tests::{config, model};
-use crate::observe::NodeSeen;
+use crate::observe::{Counted, NodeSeen};
 use crate::reconcile::Watched;
 
 /// A Pod that is not ready and says nothing.
@@ -137,6 +137,8 @@ fn missing_memory_is_told_with_figures() {
     let (_, reason, message, stalled) = verdict(&observed);
     assert_eq!((reason.as_str(), stalled), ("InsufficientMemory", false));
     assert_eq!(message, "asked 2Gi of one node, free: n1 1 of 4 GiB, n2 0 of 8 GiB");
+    observed.counted = Counted::Listed;
+    assert!(verdict(&observed).2.ends_with("8 GiB (less what Pods of other namespaces hold)"));
 }
 
 #[test]

@@ -156,7 +156,9 @@ mod tests {
     #[test]
     fn the_schema_refuses_what_is_not_read() {
         let pattern = regex::Regex::new(PATTERN).unwrap();
-        for text in ["+2Gi", "2147483648.", "2147483648e0", "2147483648E0", ".5Gi", "-2Gi", "1m", ""] {
+        for text in
+            ["+2Gi", "2147483648.", "2147483648e0", "2147483648E0", ".5Gi", "-2Gi", "1m", ""]
+        {
             assert!(text.parse::<Bytes>().is_err() && !pattern.is_match(text), "{text}");
         }
         let mut generator = SchemaGenerator::default();
@@ -173,11 +175,9 @@ mod tests {
             prop_assert_eq!(bytes.to_string().parse(), Ok(bytes));
         }
 
+        /// Of one digit: more of them may be too large, which the API server refuses by the model's rule.
         #[test]
-        fn what_the_schema_takes_is_read(text in &PATTERN[1..PATTERN.len() - 1]) {
-            // One that is too large is the CEL rule's: it is no integer for the API server either.
-            let digits: String = text.chars().filter(char::is_ascii_digit).collect();
-            prop_assume!(digits.len() < 10 && !text.ends_with(['P', 'E', 'i']));
+        fn what_the_schema_takes_is_read(text in PATTERN.replace(['^', '+', '$'], "")) {
             prop_assert!(text.parse::<Bytes>().is_ok(), "{}", text);
         }
 

@@ -152,7 +152,12 @@ fn stand(head: &ObjectMeta) -> Option<String> {
 
 impl Applier {
     pub fn new(client: Client) -> Self {
-        Self { client, sent: Mutex::default(), told: Mutex::default(), unreadable: Mutex::default() }
+        Self {
+            client,
+            sent: Mutex::default(),
+            told: Mutex::default(),
+            unreadable: Mutex::default(),
+        }
     }
 
     /// Makes one change.
@@ -191,35 +196,47 @@ impl Applier {
         child: Child,
         desired: &K,
     ) -> Result<(), ApplyError> {
-        let (namespace, name) = key_of(desired.meta());
-        let what = kind(child);
-        let mut body =
-            serde_json::to_value(desired).map_err(|source| ApplyError::Json { what, source })?;
+        let key = (child, key_of(desired.meta()));
+        let json = serde_json::to_value(desired);
+        let body = json.map_err(|source| ApplyError::Json { what: kind(child), source })?;
         let head = owner.heads.get(&child);
         let now = Sent { desired: hash(&body), stood: head.and_then(stand) };
-        let key = (child, key_of(desired.meta()));
         if head.is_some_and(|head| owner.owns(head)) && self.sent().get(&key) == Some(&now) {
             return Ok(());
         }
-        let api = Api::<K>::namespaced(self.client.clone(), &namespace);
-        let failed = |source| refused(what, &name, source);
-        let found = match head {
+        let applied = self.write::<K>(owner, &key, body).await?;
+        self.sent().insert(key, Sent { stood: stand(&applied), ..now });
+        Ok(())
+    }
+
+    /// Changes a child of the model, or makes it.
+    async fn write<K: Kind>(
+        &self,
+        owner: Owner<'_>,
+        (child, (namespace, name)): &(Child, Key),
+        mut body: serde_json::Value,
+    ) -> Result<ObjectMeta, ApplyError> {
+        let what = kind(*child);
+        let failed = |source| refused(what, name, source);
+        let api = Api::<K>::namespaced(self.client.clone(), namespace);
+        let found = match owner.heads.get(child) {
             Some(head) => Some(head.clone()),
-            None => look(&api, &name).await.map_err(failed)?,
+            None => look(&api, name).await.map_err(failed)?,
         };
-        let params = match &found {
-            Some(head) if !owner.owns(head) => return Err(ApplyError::Taken { what, name }),
+        let params = match found {
+            Some(head) if !owner.owns(&head) => {
+                return Err(ApplyError::Taken { what, name: name.clone() });
+            }
             Some(head) => {
                 // Another that took its place since is refused by the API server.
-                body["metadata"]["uid"] = head.uid.clone().into();
+                body["metadata"]["uid"] = head.uid.into();
                 params()
             }
             // Not by force: what appeared since is somebody's.
             None => PatchParams { force: false, ..params() },
         };
-        let applied = api.patch(&name, &params, &Patch::Apply(body)).await.map_err(failed)?;
-        self.sent().insert(key, Sent { stood: stand(applied.meta()), ..now });
-        Ok(())
+        let applied = api.patch(name, &params, &Patch::Apply(body)).await.map_err(failed)?;
+        Ok(applied.meta().clone())
     }
 
     /// Deletes what may be gone already.

@@ -58,12 +58,14 @@ impl Asker {
     /// Asks those that run and are not ready.
     pub async fn ask(&self, namespace: &str, pods: &mut [PodSeen], now: Timestamp) {
         let mut questions = self.choose(namespace, pods, now);
-        let asked =
-            futures_util::stream::iter(&mut questions).for_each_concurrent(None, |question| async {
+        let asked = futures_util::stream::iter(&mut questions).for_each_concurrent(
+            None,
+            |question| async {
                 let state = self.state_of(question.pod.ip.as_deref().unwrap_or_default()).await;
                 question.is_over = true;
                 question.pod.state = state.or(question.pod.state.take());
-            });
+            },
+        );
         // What was said until then is kept.
         let _ = tokio::time::timeout(PATIENCE, asked).await;
         for question in &questions {

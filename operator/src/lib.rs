@@ -5,6 +5,7 @@ pub mod admin;
 pub mod apply;
 pub mod ask;
 pub mod backoff;
+pub mod check;
 pub mod config;
 pub mod controller;
 pub mod desired;
@@ -15,5 +16,7 @@ pub mod nodes;
 pub mod observe;
 pub mod plan;
 pub mod pods;
+#[cfg(test)]
+mod rbac;
 pub mod reconcile;
 pub mod status;

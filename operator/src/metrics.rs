@@ -150,7 +150,8 @@ mod tests {
         let metrics = Metrics::new().unwrap();
         let pending = || {
             let text = metrics.exposition().unwrap();
-            let line = text.lines().find(|it| it.starts_with("bindery_operator_pending_reconciles "));
+            let line =
+                text.lines().find(|it| it.starts_with("bindery_operator_pending_reconciles "));
             line.unwrap().rsplit_once(' ').unwrap().1.to_owned()
         };
         let key = |name: &str| ("n".to_owned(), name.to_owned());

@@ -5,7 +5,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::jiff::Timestamp;
-use kube::ResourceExt;
 use kube::runtime::reflector::Store;
 
 use crate::pods::{Key, key_of};
@@ -233,7 +232,10 @@ mod tests {
     #[test]
     fn replicas_follow_their_agents() {
         assert!(may(&Moves::new(None), "m"));
-        assert!(!may(&Moves::new(Some(store(Vec::new()))), "m"), "no agents found is not all of them done");
+        assert!(
+            !may(&Moves::new(Some(store(Vec::new()))), "m"),
+            "no agents found is not all of them done"
+        );
         assert!(!may(&Moves::new(Some(store(vec![agents(OLD, 2, 2)]))), "m"));
         assert!(may(&Moves::new(Some(store(vec![agents(NEW, 2, 2)]))), "m"));
         let waits = Moves::new(Some(store(vec![agents(OLD, 2, 2)])));

@@ -8,14 +8,15 @@ use kube::ResourceExt;
 
 /// Whether a node takes the replicas: it is not cordoned, its taints are tolerated, selector and required affinity fit.
 pub fn takes(node: &Node, scheduling: &Scheduling) -> bool {
-    let spec = node.spec.clone().unwrap_or_default();
+    let spec = node.spec.as_ref();
+    let is_cordoned = spec.is_some_and(|spec| spec.unschedulable == Some(true));
     let selector = &scheduling.node_selector;
     let is_selected = selector.iter().all(|(key, value)| node.labels().get(key) == Some(value));
-    let mut taints = spec.taints.iter().flatten();
+    let mut taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default().iter();
     let is_tolerated = taints.all(|taint| {
         !keeps_away(taint) || scheduling.tolerations.iter().any(|one| tolerates(one, taint))
     });
-    spec.unschedulable != Some(true) && is_selected && is_tolerated && attracts(node, scheduling)
+    !is_cordoned && is_selected && is_tolerated && attracts(node, scheduling)
 }
 
 /// What is merely preferred keeps nobody away.
@@ -35,7 +36,8 @@ fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
 
 /// One of the terms must fit.
 fn attracts(node: &Node, scheduling: &Scheduling) -> bool {
-    let affinity = scheduling.affinity.as_ref().and_then(|affinity| affinity.node_affinity.as_ref());
+    let affinity =
+        scheduling.affinity.as_ref().and_then(|affinity| affinity.node_affinity.as_ref());
     let required = affinity
         .and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
     required.is_none_or(|required| required.node_selector_terms.iter().any(|term| fits(node, term)))
@@ -100,7 +102,8 @@ mod tests {
 
     #[test]
     fn taints_must_be_tolerated() {
-        let taint = |effect: &str| json!({"taints": [{"key": "k", "value": "v", "effect": effect}]});
+        let taint =
+            |effect: &str| json!({"taints": [{"key": "k", "value": "v", "effect": effect}]});
         for (case, toleration, wanted) in [
             ("none", None, false),
             ("equal", Some(json!({"key": "k", "value": "v"})), true),
@@ -124,9 +127,7 @@ mod tests {
             let kind = "requiredDuringSchedulingIgnoredDuringExecution";
             json!({"affinity": {"nodeAffinity": {kind: required}}})
         };
-        let label = |key: &str, operator: &str, values: Value| {
-            json!({"matchExpressions": [{"key": key, "operator": operator, "values": values}]})
-        };
+        let label = |key: &str, operator: &str, values: Value| json!({"matchExpressions": [{"key": key, "operator": operator, "values": values}]});
         for (case, term, wanted) in [
             ("In", label("zone", "In", json!(["a", "b"])), true),
             ("NotIn", label("zone", "NotIn", json!(["a"])), false),
@@ -136,7 +137,11 @@ mod tests {
             ("Gt", label("disks", "Gt", json!(["2"])), true),
             ("Lt", label("disks", "Lt", json!(["3"])), false),
             ("empty", json!({}), false),
-            ("its name", json!({"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n1"]}]}), true),
+            (
+                "its name",
+                json!({"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n1"]}]}),
+                true,
+            ),
         ] {
             check(case, json!({}), terms(json!([term])), wanted);
             let either = json!([label("zone", "In", json!(["a"])), term]);

@@ -15,6 +15,7 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
+use crate::apply::is_owned;
 use crate::ask::Asker;
 use crate::backoff::Counts;
 use crate::config::Config;
@@ -98,6 +99,8 @@ pub struct Observed {
     pub counted: Counted,
     /// Whether replicas may move to the operator's image now.
     pub may_move: bool,
+    /// What a node agent that ends leaves to running requests, where it is known.
+    pub agents_drain_seconds: Option<u32>,
     /// Fragmented replicas that were replaced in a row.
     pub n_fragmented: u32,
     pub now: Timestamp,
@@ -145,30 +148,39 @@ impl NodeSeen {
 
 /// Looks at a model's surroundings. Replicas that are not ready are asked how they are.
 pub async fn observe(model: &InferenceModel, stores: &Stores, config: &Config) -> Observed {
-    let name = model.name_any();
-    let namespace = model.namespace().unwrap_or_default();
-    let deployment = stores.deployment(&key_of(&model.metadata));
-    let mut heads = BTreeMap::new();
-    let mut head = |child, metadata: Option<ObjectMeta>| {
-        heads.extend(metadata.map(|metadata| (child, metadata)));
-    };
-    head(Child::Deployment, deployment.as_ref().map(|found| found.metadata.clone()));
-    head(Child::Service, meta(&stores.services, &name, &namespace));
-    head(Child::DisruptionBudget, meta(&stores.disruption_budgets, &name, &namespace));
-    head(Child::NetworkPolicy, meta(&stores.network_policies, &name, &namespace));
-    let mut pods = stores.shared.pods.of(&namespace, &name);
-    let now = Timestamp::now();
-    stores.shared.asker.ask(&namespace, &mut pods, now).await;
-    let nodes = nodes(model, stores);
     let key = key_of(&model.metadata);
-    let may_move = stores.shared.moves.may_move(&key, deployment.as_deref(), &config.replica_image, now);
-    let n_fragmented = stores.shared.fragmented.of(&key);
-    let counted =
-        if config.namespaces.is_empty() { Counted::All } else { Counted::Listed };
-    Observed { deployment, heads, pods, nodes, counted, may_move, n_fragmented, now }
+    let heads = heads(&key, stores);
+    let deployment = stores.deployment(&key).filter(|found| is_owned(&found.metadata, model));
+    let mut pods = stores.shared.pods.of(&key);
+    let now = Timestamp::now();
+    stores.shared.asker.ask(&key.0, &mut pods, now).await;
+    let moves = &stores.shared.moves;
+    Observed {
+        may_move: moves.may_move(&key, deployment.as_deref(), &config.replica_image, now),
+        deployment,
+        heads,
+        pods,
+        nodes: nodes(model, stores),
+        counted: if config.namespaces.is_empty() { Counted::All } else { Counted::Listed },
+        agents_drain_seconds: config.node_drain_seconds,
+        n_fragmented: stores.shared.fragmented.of(&key),
+        now,
+    }
 }
 
-fn meta<K>(store: &Store<K>, name: &str, namespace: &str) -> Option<ObjectMeta>
+/// The heads of what has the model's label and name, whosever it is.
+fn heads(key: &Key, stores: &Stores) -> BTreeMap<Child, ObjectMeta> {
+    let deployment = stores.deployment(key).map(|found| found.metadata.clone());
+    let heads = [
+        (Child::Deployment, deployment),
+        (Child::Service, head(&stores.services, key)),
+        (Child::DisruptionBudget, head(&stores.disruption_budgets, key)),
+        (Child::NetworkPolicy, head(&stores.network_policies, key)),
+    ];
+    heads.into_iter().filter_map(|(child, head)| Some((child, head?))).collect()
+}
+
+fn head<K>(store: &Store<K>, (namespace, name): &Key) -> Option<ObjectMeta>
 where
     K: Resource<DynamicType = ()> + Clone + 'static,
 {

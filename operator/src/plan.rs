@@ -115,8 +115,7 @@ fn spent(pod: &PodSeen, observed: &Observed, model: &str) -> Option<Spent> {
     if pod.failed || pod.ready || pod.deleting {
         return (pod.failed && !pod.deleting).then_some(Spent::Failed);
     }
-    let is_fragmented =
-        pod.state.as_ref().is_some_and(|state| state.reason == Reason::Fragmented);
+    let is_fragmented = pod.state.as_ref().is_some_and(|state| state.reason == Reason::Fragmented);
     let wait = FRAGMENTED.wait(observed.n_fragmented.saturating_add(1), model);
     let is_old = pod.created.is_some_and(|created| created + wait <= observed.now);
     (is_fragmented && is_old).then_some(Spent::Fragmented)

@@ -71,11 +71,10 @@ struct Grant {
 
 impl Pods {
     /// The Pods of a model, newest first.
-    pub fn of(&self, namespace: &str, model: &str) -> Vec<PodSeen> {
+    pub fn of(&self, model: &Key) -> Vec<PodSeen> {
         let index = self.read();
-        let names = index.of_models.get(&key(namespace, model));
-        let pods = names.into_iter().flatten();
-        let seen = pods.filter_map(|name| index.pods.get(&key(namespace, name)));
+        let pods = index.of_models.get(model).into_iter().flatten();
+        let seen = pods.filter_map(|name| index.pods.get(&(model.0.clone(), name.clone())));
         let mut seen: Vec<_> = seen.map(|kept| kept.seen.clone()).collect();
         seen.sort_by(|one, other| (&other.created, &one.name).cmp(&(&one.created, &other.name)));
         seen
@@ -177,10 +176,6 @@ impl Index {
     }
 }
 
-fn key(namespace: &str, name: &str) -> Key {
-    (namespace.to_owned(), name.to_owned())
-}
-
 /// Where an object is.
 pub fn key_of(head: &ObjectMeta) -> Key {
     (head.namespace.clone().unwrap_or_default(), head.name.clone().unwrap_or_default())
@@ -279,7 +274,8 @@ mod tests {
     }
 
     fn names(pods: &Pods, namespace: &str, model: &str) -> Vec<String> {
-        pods.of(namespace, model).into_iter().map(|pod| pod.name).collect()
+        let model = (namespace.to_owned(), model.to_owned());
+        pods.of(&model).into_iter().map(|pod| pod.name).collect()
     }
 
     #[test]

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
 use k8s_openapi::jiff::Timestamp;
+use kube::Resource;
 use kube::core::DeserializeGuard;
 use kube::core::error_boundary::InvalidObject;
 use kube::runtime::controller::Action;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::ObjectRef;
-use kube::{Resource, ResourceExt};
 
 use crate::apply::{Applier, ApplyError};
 use crate::backoff::{Backoff, Counts};
@@ -57,10 +57,7 @@ impl Context {
 ///
 /// # Errors
 /// When a write is refused; the same is tried again later.
-pub async fn reconcile(
-    model: Arc<Watched>,
-    context: Arc<Context>,
-) -> Result<Action, ApplyError> {
+pub async fn reconcile(model: Arc<Watched>, context: Arc<Context>) -> Result<Action, ApplyError> {
     let start = Instant::now();
     context.metrics.begun(&key_of(model.meta()));
     let done = match &model.0 {
@@ -117,11 +114,7 @@ async fn refuse(invalid: &InvalidObject, context: &Context) -> Result<Duration, 
 }
 
 /// Later and later, and not all at once.
-pub fn after_error(
-    model: Arc<Watched>,
-    error: &ApplyError,
-    context: Arc<Context>,
-) -> Action {
+pub fn after_error(model: Arc<Watched>, error: &ApplyError, context: Arc<Context>) -> Action {
     context.metrics.failed(error.kind());
     let name = ObjectRef::from_obj(&*model);
     let n_failures = context.failures.add(&key_of(model.meta()));

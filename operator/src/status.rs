@@ -35,11 +35,22 @@ struct Cause {
     message: String,
 }
 
+/// Whether a model is ready, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Ready(Cause),
+    NotReady(Cause),
+}
+
 /// The status to write. Times of conditions that have not changed stay.
 pub fn status(model: &InferenceModel, observed: &Observed) -> InferenceModelStatus {
     let counts = counts(model, observed);
-    let cause = if counts.is_done { None } else { Some(cause(model, observed, counts)) };
-    with_cause(model, observed, counts, cause)
+    let verdict = if counts.is_done {
+        Verdict::Ready(well(model, observed, counts))
+    } else {
+        Verdict::NotReady(cause(model, observed, counts))
+    };
+    with_verdict(model, observed, counts, verdict)
 }
 
 /// The status where the API server refuses a child, in its words.
@@ -49,14 +60,14 @@ pub fn refused(
     message: String,
 ) -> InferenceModelStatus {
     let cause = Cause { reason: Reason::ApplyFailed, message };
-    with_cause(model, observed, counts(model, observed), Some(cause))
+    with_verdict(model, observed, counts(model, observed), Verdict::NotReady(cause))
 }
 
-fn with_cause(
+fn with_verdict(
     model: &InferenceModel,
     observed: &Observed,
     counts: Counts,
-    cause: Option<Cause>,
+    verdict: Verdict,
 ) -> InferenceModelStatus {
     InferenceModelStatus {
         observed_generation: model.metadata.generation,
@@ -71,7 +82,7 @@ fn with_cause(
             generation: model.metadata.generation,
             now: observed.now,
         }
-        .of(counts, cause),
+        .of(&verdict),
     }
 }
 
@@ -95,7 +106,7 @@ pub fn unreadable(
         selector: Some(selector(&name)),
         url: Some(url(&namespace, &name)),
         conditions: Conditions { old: &[], generation: head.generation, now }
-            .of(Counts::default(), Some(cause)),
+            .of(&Verdict::NotReady(cause)),
     }
 }
 
@@ -125,6 +136,20 @@ fn counts(model: &InferenceModel, observed: &Observed) -> Counts {
     let is_done =
         has_seen && all_answer && updated >= wanted && ready >= wanted && present == wanted;
     Counts { wanted, present, ready, updated, is_done }
+}
+
+/// Why a model is ready, and what is not well all the same.
+fn well(model: &InferenceModel, observed: &Observed, counts: Counts) -> Cause {
+    let reason = if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
+    let drains = model.spec.rollout.drain_seconds;
+    let cut = observed.agents_drain_seconds.filter(|seconds| *seconds < drains);
+    let warning = cut.map(|seconds| {
+        format!(
+            "; rollout.drainSeconds is {drains}, but an update of the node agent cuts requests off after {seconds} s (node.drainSeconds of the chart)"
+        )
+    });
+    let answer = format!("{} of {} replicas answer", counts.ready, counts.wanted);
+    Cause { reason, message: answer + &warning.unwrap_or_default() }
 }
 
 /// The one thing that a person should know first.
@@ -245,8 +270,11 @@ fn unscheduled(model: &InferenceModel, observed: &Observed, message: &str) -> Ca
         Counted::All => "",
         Counted::Listed => " (less what Pods of other namespaces hold)",
     };
-    let message =
-        format!("asked {} of one node, free: {}{others}{surge}", model.spec.memory, free.join(", "));
+    let message = format!(
+        "asked {} of one node, free: {}{others}{surge}",
+        model.spec.memory,
+        free.join(", ")
+    );
     Cause { reason: Reason::InsufficientMemory, message }
 }
 
@@ -258,20 +286,17 @@ struct Conditions<'a> {
 }
 
 impl Conditions<'_> {
-    /// Without a cause the model is ready.
-    fn of(&self, counts: Counts, cause: Option<Cause>) -> Vec<Condition> {
-        let Some(cause) = cause else {
-            let reason =
-                if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
-            let message = format!("{} of {} replicas answer", counts.ready, counts.wanted);
-            return vec![self.one(ConditionType::Ready, "True", &Cause { reason, message })];
+    fn of(&self, verdict: &Verdict) -> Vec<Condition> {
+        let cause = match verdict {
+            Verdict::Ready(cause) => return vec![self.one(ConditionType::Ready, "True", cause)],
+            Verdict::NotReady(cause) => cause,
         };
         let other = if cause.reason.is_terminal() {
             ConditionType::Stalled
         } else {
             ConditionType::Reconciling
         };
-        vec![self.one(ConditionType::Ready, "False", &cause), self.one(other, "True", &cause)]
+        vec![self.one(ConditionType::Ready, "False", cause), self.one(other, "True", cause)]
     }
 
     fn one(&self, type_: ConditionType, status: &str, cause: &Cause) -> Condition {

@@ -9,6 +9,7 @@ pub(crate) fn config() -> Config {
         namespaces: Vec::new(),
         replica_image: "localhost/bindery:1".into(),
         node_agents: None,
+        node_drain_seconds: None,
         pull_policy: PullPolicy::IfNotPresent,
         priority_class: Some("bindery-replica".into()),
         network_policies: Switch::On,

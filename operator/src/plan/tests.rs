@@ -73,6 +73,20 @@ fn a_model_is_ready_when_what_is_asked_answers() {
 }
 
 #[test]
+fn a_model_that_drains_longer_than_its_agents_is_told_so() {
+    let told = |agents_drain_seconds| {
+        let observed = seen(vec![ready("a")], deployment(1, 1, 1));
+        verdict(&Observed { agents_drain_seconds, ..observed })
+    };
+    let (status, _, message, _) = told(Some(60));
+    assert!(message.contains("rollout.drainSeconds is 120") && message.contains("after 60 s"));
+    assert_eq!(status, "True");
+    for enough in [None, Some(120)] {
+        assert_eq!(told(enough).2, "1 of 1 replicas answer");
+    }
+}
+
+#[test]
 fn a_model_is_not_ready_by_the_replicas_of_before() {
     let old = PodSeen { template: "old".into(), ..ready("old") };
     let new = saying("new", Reason::Loading, "loaded 1 of 2 MiB");
@@ -90,7 +104,8 @@ fn a_model_that_cannot_be_read_is_told_so_and_ends_no_list() {
         let list: Vec<Watched> = serde_json::from_value(list).unwrap();
         assert!(list[1].0.is_ok());
         let invalid = list[0].0.as_ref().unwrap_err();
-        let status = status::unreadable(invalid, deployment(3, 2, 1).as_deref(), Timestamp::UNIX_EPOCH);
+        let status =
+            status::unreadable(invalid, deployment(3, 2, 1).as_deref(), Timestamp::UNIX_EPOCH);
         let told: Vec<_> = status.conditions.iter().map(|it| it.reason.as_str()).collect();
         assert_eq!(told, ["InvalidSpec", "InvalidSpec"]);
         assert!(status.conditions[0].message.contains(memory), "{:?}", status.conditions);

@@ -71,10 +71,43 @@ fn tidy(value: &mut Value) {
 
 #[cfg(test)]
 mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
     #[test]
     fn the_chart_has_these_definitions() {
         let chart = include_str!("../../charts/bindery/templates/crds.yaml");
         let same = chart == crate::yaml().unwrap();
         assert!(same, "run: cargo crdgen > charts/bindery/templates/crds.yaml");
+    }
+
+    /// Whether everything that is written is read: a field that does not exist would be passed over.
+    fn is_read(written: &Value, read: &Value) -> bool {
+        match (written, read) {
+            (Value::Mapping(written), Value::Mapping(read)) => written
+                .iter()
+                .all(|(key, value)| read.get(key).is_some_and(|read| is_read(value, read))),
+            _ => written == read,
+        }
+    }
+
+    #[test]
+    fn the_examples_are_models() {
+        let mut n_models = 0;
+        for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples")).unwrap()
+        {
+            let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
+            for document in serde_yaml_ng::Deserializer::from_str(&text) {
+                let written = Value::deserialize(document).unwrap();
+                if written["kind"] == "InferenceModel" {
+                    let model: InferenceModel = serde_yaml_ng::from_value(written.clone()).unwrap();
+                    let read = serde_yaml_ng::to_value(model.spec).unwrap();
+                    assert!(is_read(&written["spec"], &read), "{written:?}");
+                    n_models += 1;
+                }
+            }
+        }
+        assert!(n_models >= 4, "{n_models} models");
     }
 }

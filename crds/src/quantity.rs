@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 /// Bytes of a GiB, the unit of a grant.
 const GIB: u64 = 1 << 30;
 
+/// What [`Bytes`] reads, for the schema: Kubernetes' own quantities may also have signs, points and exponents.
+const PATTERN: &str = "^[0-9]+(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$";
+
 /// A number of bytes, written as `24Gi`, `24576Mi` or `25769803776`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "String")]
@@ -112,7 +115,7 @@ impl JsonSchema for Bytes {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"x-kubernetes-int-or-string": true, "maxLength": 24})
+        json_schema!({"x-kubernetes-int-or-string": true, "maxLength": 24, "pattern": PATTERN})
     }
 }
 
@@ -150,6 +153,19 @@ mod tests {
         assert_eq!(serde_json::to_string(&Bytes(1 << 31)).unwrap(), "\"2Gi\"");
     }
 
+    #[test]
+    fn the_schema_refuses_what_is_not_read() {
+        let pattern = regex::Regex::new(PATTERN).unwrap();
+        for text in
+            ["+2Gi", "2147483648.", "2147483648e0", "2147483648E0", ".5Gi", "-2Gi", "1m", ""]
+        {
+            assert!(text.parse::<Bytes>().is_err() && !pattern.is_match(text), "{text}");
+        }
+        let mut generator = SchemaGenerator::default();
+        let schema = Bytes::json_schema(&mut generator).to_value();
+        assert_eq!(schema["pattern"], PATTERN);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -157,6 +173,12 @@ mod tests {
         fn what_is_written_is_read_back(bytes in any::<u64>(), shift in 0..50_u32) {
             let bytes = Bytes(bytes >> shift << (shift / 2));
             prop_assert_eq!(bytes.to_string().parse(), Ok(bytes));
+        }
+
+        /// Of one digit: more of them may be too large, which the API server refuses by the model's rule.
+        #[test]
+        fn what_the_schema_takes_is_read(text in PATTERN.replace(['^', '+', '$'], "")) {
+            prop_assert!(text.parse::<Bytes>().is_ok(), "{}", text);
         }
 
         #[test]

@@ -16,7 +16,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::api::{Api, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -31,6 +31,12 @@ const NAMESPACE: &str = "bench";
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Requests from here at once.
 const AT_ONCE: usize = 16;
+/// Of so many changes one is a new model, which is deleted so many new ones later.
+const NEW_OF: usize = 10;
+const STAY: usize = 5;
+/// Resources of children and verbs of writes, as the API server's metrics call them.
+const CHILDREN: [&str; 4] = ["deployments", "services", "poddisruptionbudgets", "networkpolicies"];
+const WRITES: [&str; 5] = ["APPLY", "PATCH", "PUT", "POST", "DELETE"];
 
 struct Operator(Child);
 
@@ -97,7 +103,7 @@ async fn bench() -> Result<()> {
     let start = Instant::now();
     let mut operator = Operator::start()?;
     stream::iter(0..MODELS)
-        .map(|index| create(&models, index))
+        .map(|index| create(&models, format!("m{index}")))
         .buffer_unordered(AT_ONCE)
         .try_collect::<Vec<_>>()
         .await?;
@@ -133,25 +139,62 @@ async fn bench() -> Result<()> {
 
     tokio::time::sleep(Duration::from_secs(20)).await;
     let before = versions(&client).await?;
+    let written = writes(&client).await?;
     tokio::time::sleep(Duration::from_secs(30)).await;
+    println!("writes in 30 quiet seconds: {}", since(&written, &writes(&client).await?));
     println!(
-        "objects that changed in 30 quiet seconds: {} of {}",
+        "objects that changed meanwhile: {} of {}",
         changed(&before, &versions(&client).await?),
         before.len()
     );
     operator.0.kill()?;
     operator.0.wait()?;
+    let written = writes(&client).await?;
     operator = Operator::start()?;
     tokio::time::sleep(Duration::from_secs(40)).await;
-    println!("objects that a restart changed: {}", changed(&before, &versions(&client).await?));
+    println!("writes after a restart: {}", since(&written, &writes(&client).await?));
+    println!("objects that it changed: {}", changed(&before, &versions(&client).await?));
     println!("resident after the restart {} MiB", operator.memory()?.0);
     Ok(())
 }
 
-async fn create(models: &Api<InferenceModel>, index: usize) -> Result<()> {
+/// Writes of models and their children that the API server has answered, by resource: a patch that changes nothing leaves
+/// every version as it is. What Kubernetes' controllers write of a child's status is left out.
+async fn writes(client: &Client) -> Result<BTreeMap<String, f64>> {
+    let asked = http::Request::get("/metrics").body(Vec::new())?;
+    let metrics = client.request_text(asked).await?;
+    let mut writes = BTreeMap::new();
+    for line in metrics.lines() {
+        let Some(labels) = line.strip_prefix("apiserver_request_total{") else { continue };
+        let label = |name: &str| {
+            let (_, rest) = labels.split_once(&format!("{name}=\""))?;
+            Some(rest.split_once('"')?.0.to_owned())
+        };
+        let (resource, verb) = (label(",resource").unwrap_or_default(), label("verb"));
+        let is_childs = CHILDREN.contains(&resource.as_str());
+        let is_ours = resource == "inferencemodels"
+            || (is_childs && label("subresource").as_deref() == Some(""));
+        if is_ours && verb.is_some_and(|verb| WRITES.contains(&verb.as_str())) {
+            let figure = line.rsplit_once(' ').context("no figure")?.1.parse::<f64>()?;
+            *writes.entry(resource).or_default() += figure;
+        }
+    }
+    ensure!(!writes.is_empty(), "the API server's metrics have other names");
+    Ok(writes)
+}
+
+/// What was written since, by resource.
+fn since(before: &BTreeMap<String, f64>, after: &BTreeMap<String, f64>) -> String {
+    let figure = |(resource, after): (&String, &f64)| {
+        format!("{resource} {}", after - before.get(resource).unwrap_or(&0.0))
+    };
+    after.iter().map(figure).collect::<Vec<_>>().join(", ")
+}
+
+async fn create(models: &Api<InferenceModel>, name: String) -> Result<()> {
     let model = serde_json::from_value(json!({
         "apiVersion": "bindery.dev/v1alpha1", "kind": "InferenceModel",
-        "metadata": {"name": format!("m{index}")},
+        "metadata": {"name": name},
         "spec": {
             "source": {"uri": "file://m.gguf"}, "device": "cpu", "memory": "1Gi", "replicas": REPLICAS,
             "rollout": {"maxSurge": 0, "maxUnavailable": REPLICAS},
@@ -230,7 +273,7 @@ fn is(model: &InferenceModel, condition: &str) -> bool {
 type Waiting = Arc<Mutex<BTreeMap<String, (i64, Instant)>>>;
 
 /// Changes the drain time of one model after the other: every child's template follows, no Pod need be made ready for the
-/// status to say that it was seen. Sorted times from the answer to the change to the status of its generation.
+/// status to say that it was seen. Others come and go. Sorted times from the change to the status of its generation.
 async fn churn(client: &Client, models: &Api<InferenceModel>) -> Result<Vec<Duration>> {
     let waiting = Waiting::default();
     let delays = Arc::new(Mutex::new(Vec::new()));
@@ -241,21 +284,49 @@ async fn churn(client: &Client, models: &Api<InferenceModel>) -> Result<Vec<Dura
     let mut index = 0;
     while start.elapsed() < CHURN {
         ticks.tick().await;
-        let name = format!("m{}", index * 7 % MODELS);
-        let patch = json!({"spec": {"rollout": {"drainSeconds": 200 + index % 50}}});
         let sent = Instant::now();
-        let answer = models.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
-        let generation = answer.metadata.generation.unwrap_or(0);
+        let (name, generation) = if index % NEW_OF == 0 {
+            come_and_go(models, index).await?
+        } else {
+            edit(models, index).await?
+        };
         waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(name, (generation, sent));
         index += 1;
     }
     tokio::time::sleep(Duration::from_secs(10)).await;
     watched.abort();
+    for gone in index.saturating_sub(NEW_OF * (STAY + 1))..index {
+        delete(models, &format!("new{gone}")).await?;
+    }
     let lost = waiting.lock().unwrap_or_else(PoisonError::into_inner).len();
     ensure!(lost == 0, "{lost} changes were not answered within 10 s");
     let mut delays = delays.lock().unwrap_or_else(PoisonError::into_inner).clone();
     delays.sort();
     Ok(delays)
+}
+
+async fn edit(models: &Api<InferenceModel>, index: usize) -> Result<(String, i64)> {
+    let name = format!("m{}", index * 7 % MODELS);
+    let patch = json!({"spec": {"rollout": {"drainSeconds": 200 + index % 50}}});
+    let answer = models.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+    Ok((name, answer.metadata.generation.unwrap_or(0)))
+}
+
+async fn come_and_go(models: &Api<InferenceModel>, index: usize) -> Result<(String, i64)> {
+    let name = format!("new{index}");
+    create(models, name.clone()).await?;
+    if let Some(gone) = index.checked_sub(NEW_OF * STAY) {
+        delete(models, &format!("new{gone}")).await?;
+    }
+    Ok((name, 1))
+}
+
+/// Deletes what may not be there.
+async fn delete(models: &Api<InferenceModel>, name: &str) -> Result<()> {
+    match models.delete(name, &DeleteParams::default()).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        deleted => deleted.map(drop).map_err(Into::into),
+    }
 }
 
 async fn watch(client: Client, waiting: Waiting, delays: Arc<Mutex<Vec<Duration>>>) {

@@ -4,7 +4,11 @@ use clap::{Parser, ValueEnum};
 
 /// Turns InferenceModels into Deployments, Services and what belongs to them.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "bindery-operator", version)]
+#[command(
+    name = "bindery-operator",
+    version,
+    after_help = "`bindery-operator check URL` asks a running one for its health and metrics."
+)]
 pub struct Config {
     /// Namespaces to look at, with commas between them; default: all
     #[arg(long, env = "BINDERY_OPERATOR_NAMESPACES", value_delimiter = ',')]
@@ -16,6 +20,9 @@ pub struct Config {
     /// default: at once
     #[arg(long, env = "BINDERY_OPERATOR_NODE_AGENTS")]
     pub node_agents: Option<String>,
+    /// Seconds that running requests may take when a node agent ends; models that drain longer are told so
+    #[arg(long, env = "BINDERY_OPERATOR_NODE_DRAIN_SECONDS")]
+    pub node_drain_seconds: Option<u32>,
     /// When that image is pulled
     #[arg(long, env = "BINDERY_OPERATOR_PULL_POLICY", value_enum, default_value_t = PullPolicy::IfNotPresent)]
     pub pull_policy: PullPolicy,

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use crds::InferenceModel;
 use futures_util::future::join_all;
 use futures_util::stream::{BoxStream, select, select_all};
 use futures_util::{Stream, StreamExt};
@@ -13,7 +12,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Container, Node, Pod, PodSpec, PodTemplateSpec};
 use kube::api::Api;
-use kube::runtime::controller::{Config as ControllerConfig, Controller};
+use kube::runtime::controller::{self, Action, Config as ControllerConfig, Controller};
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -24,14 +23,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::admin;
-use crate::apply::{Applier, MANAGER};
+use crate::apply::{Applier, ApplyError, MANAGER};
+use crate::ask::Asker;
+use crate::backoff::Counts;
 use crate::config::Config;
 use crate::desired::MODEL_LABEL;
 use crate::lease::Lease;
 use crate::metrics::Metrics;
+use crate::moves::Moves;
 use crate::observe::{Shared, Stores};
-use crate::pods::{Pods, Writer};
-use crate::reconcile::{Context, Failures, Teller, after_error, reconcile};
+use crate::pods::{Key, Pods, Writer, key_of};
+use crate::reconcile::{Context, Teller, Watched, after_error, reconcile};
 
 /// Models that are reconciled at once.
 const CONCURRENCY: u16 = 16;
@@ -65,6 +67,7 @@ async fn live(config: Config) -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", config.port)).await;
     let listener = listener.with_context(|| format!("listen on port {}", config.port))?;
     tokio::spawn(admin::serve(listener, metrics.clone()));
+    let asker = Asker::new().context("make a client for replicas")?;
     let client = Client::try_default().await.context("find the API server")?;
     let mut lease = Lease::new(client.clone(), &config);
     let stopped = async {
@@ -81,7 +84,7 @@ async fn live(config: Config) -> Result<()> {
     tracing::info!("this operator leads");
     metrics.leads(true);
     let led = tokio::select! {
-        () = work(client, config, metrics) => anyhow::bail!("the watches have ended"),
+        () = work(client, config, metrics, asker) => anyhow::bail!("the watches have ended"),
         lost = lease.hold() => Err(lost),
         () = &mut stopped => Ok(()),
     };
@@ -96,8 +99,8 @@ async fn live(config: Config) -> Result<()> {
 
 /// Reconciles for as long as it is polled. Each namespace has its watches and its controller: a watch that lists anew
 /// replaces what its store has, so that no two may share one.
-async fn work(client: Client, config: Config, metrics: Metrics) {
-    let (shared, followed) = shared(&client, &config);
+async fn work(client: Client, config: Config, metrics: Metrics, asker: Asker) {
+    let (shared, followed) = shared(&client, &config, asker);
     let namespaces = match config.namespaces.as_slice() {
         [] => vec![None],
         some => some.iter().cloned().map(Some).collect(),
@@ -117,28 +120,64 @@ async fn control(
 ) {
     let scope = Scope { client, namespace };
     let (stores, triggers) = scope.watch_all(shared);
-    let http = reqwest::Client::builder().no_proxy().build().unwrap_or_default();
     let reporter = Reporter { controller: MANAGER.into(), instance: Some(config.own_name.clone()) };
     let context = Arc::new(Context {
         applier: Applier::new(client.clone()),
         teller: Teller::new(Recorder::new(client.clone(), reporter)),
         config: config.clone(),
         stores,
-        http,
         metrics: metrics.clone(),
-        failures: Failures::default(),
+        failures: Counts::default(),
     });
-    let (models, writer) = reflector::store::<InferenceModel>();
+    let (models, writer) = reflector::store::<Watched>();
     let changed = watcher(scope.api(), watcher::Config::default())
         .default_backoff()
-        .modify(|model: &mut InferenceModel| model.managed_fields_mut().clear())
+        .modify(|model: &mut Watched| model.managed_fields_mut().clear())
         .reflect(writer)
-        .touched_objects();
+        .touched_objects()
+        .inspect({
+            let metrics = metrics.clone();
+            move |model| model.iter().for_each(|model| metrics.woke(key_of(model.meta())))
+        });
+    let triggers = triggers.inspect({
+        let metrics = metrics.clone();
+        move |model| metrics.woke(key_of_ref(model))
+    });
     metrics.watch(models.clone());
     let controller = Controller::for_stream(changed, models)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .reconcile_on(triggers);
-    controller.run(reconcile, after_error, context).for_each(|_| std::future::ready(())).await;
+    let results = controller.run(reconcile, after_error, Arc::clone(&context));
+    let heard = results.for_each(|result| {
+        hear(result, |gone| context.forget(gone));
+        std::future::ready(())
+    });
+    heard.await;
+}
+
+fn key_of_ref(model: &ObjectRef<Watched>) -> Key {
+    (model.namespace.clone().unwrap_or_default(), model.name.clone())
+}
+
+type Reconciled =
+    Result<(ObjectRef<Watched>, Action), controller::Error<ApplyError, watcher::Error>>;
+
+/// Tells what nobody else has told, and of models that are gone. Nothing reconciles such a one any more: no finalizer keeps
+/// it, its last event and those of its children come here.
+fn hear(result: Reconciled, forget: impl FnOnce(&Key)) {
+    match result {
+        // The second is told where it is tried again.
+        Ok(_) | Err(controller::Error::ReconcilerFailed(..)) => {}
+        Err(controller::Error::ObjectNotFound(gone)) => {
+            forget(&(gone.namespace.unwrap_or_default(), gone.name));
+        }
+        Err(controller::Error::QueueError(error)) => {
+            tracing::warn!(%error, "the watch of models broke off");
+        }
+        Err(controller::Error::RunnerError(error)) => {
+            tracing::error!(%error, "no model is reconciled");
+        }
+    }
 }
 
 /// One namespace, or all of them.
@@ -147,7 +186,7 @@ struct Scope<'a> {
     namespace: Option<String>,
 }
 
-type Wakes = Vec<BoxStream<'static, ObjectRef<InferenceModel>>>;
+type Wakes = Vec<BoxStream<'static, ObjectRef<Watched>>>;
 
 impl Scope<'_> {
     fn api<K>(&self) -> Api<K>
@@ -164,12 +203,14 @@ impl Scope<'_> {
     fn watch_all(
         &self,
         shared: Shared,
-    ) -> (Stores, impl Stream<Item = ObjectRef<InferenceModel>> + Send + use<>) {
+    ) -> (Stores, impl Stream<Item = ObjectRef<Watched>> + Send + use<>) {
         let mut wakes = Vec::new();
         let (begun, pods_begun) = watch::channel(false);
         self.pods(Writer::new(shared.pods.clone(), begun), &mut wakes);
+        let deployments = self.children(&mut wakes, trim);
+        shared.moves.watch(deployments.clone());
         let stores = Stores {
-            deployments: self.children(&mut wakes, trim),
+            deployments,
             services: self.children(&mut wakes, |_| {}),
             disruption_budgets: self.children(&mut wakes, |_| {}),
             network_policies: self.children(&mut wakes, |_| {}),
@@ -231,7 +272,7 @@ fn trim(deployment: &mut Deployment) {
 }
 
 /// The model of a child or Pod. A watch that breaks off is begun again by itself.
-fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<InferenceModel>> {
+fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<Watched>> {
     match child {
         Ok(child) => {
             let name = child.labels().get(MODEL_LABEL)?;
@@ -245,7 +286,11 @@ fn woken<K: Resource>(child: Result<K, watcher::Error>) -> Option<ObjectRef<Infe
 }
 
 /// Watches nodes and agents. They wake nobody: a model that waits for them looks again by itself.
-fn shared(client: &Client, config: &Config) -> (Shared, impl Stream<Item = ()> + Send + use<>) {
+fn shared(
+    client: &Client,
+    config: &Config,
+    asker: Asker,
+) -> (Shared, impl Stream<Item = ()> + Send + use<>) {
     let (nodes, node_events) = nodes(client);
     let (agents, agent_events) = config.node_agents.as_deref().map_or_else(
         || (None, futures_util::stream::pending().boxed()),
@@ -254,7 +299,15 @@ fn shared(client: &Client, config: &Config) -> (Shared, impl Stream<Item = ()> +
             (Some(store), events)
         },
     );
-    let shared = Shared { pods: Pods::default(), nodes, agents, begun: Arc::default() };
+    let moves = Arc::new(Moves::new(agents));
+    let shared = Shared {
+        pods: Pods::default(),
+        nodes,
+        moves,
+        asker: Arc::new(asker),
+        fragmented: Arc::default(),
+        begun: Arc::default(),
+    };
     (shared, select(node_events, agent_events))
 }
 
@@ -267,7 +320,7 @@ fn agents(
     let api = Api::<DaemonSet>::namespaced(client.clone(), &config.own_namespace);
     let events =
         watcher(api, watcher::Config::default().labels(labels)).default_backoff().reflect(writer);
-    (store, events.map(drop).boxed())
+    (store, told("node agents", events))
 }
 
 fn nodes(client: &Client) -> (Store<Node>, BoxStream<'static, ()>) {
@@ -284,5 +337,33 @@ fn nodes(client: &Client) -> (Store<Node>, BoxStream<'static, ()>) {
             }
         })
         .reflect(writer);
-    (store, events.map(drop).boxed())
+    (store, told("nodes", events))
+}
+
+/// A watch of which nothing is wanted but its store.
+fn told<K: 'static>(
+    what: &'static str,
+    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>> + Send + 'static,
+) -> BoxStream<'static, ()> {
+    let told = events.map(move |event| {
+        if let Err(error) = event {
+            tracing::warn!(%error, what, "a watch broke off");
+        }
+    });
+    told.boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_is_gone_is_forgotten() {
+        let gone = ObjectRef::<Watched>::new("m").within("n").erase();
+        let mut forgotten = None;
+        hear(Err(controller::Error::ObjectNotFound(Box::new(gone))), |key| {
+            forgotten = Some(key.clone());
+        });
+        assert_eq!(forgotten, Some(("n".to_owned(), "m".to_owned())));
+    }
 }

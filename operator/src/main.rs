@@ -5,11 +5,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use operator::config::Config;
-use operator::controller;
+use operator::{check, controller};
 
 fn main() -> ExitCode {
-    let config = Config::parse();
-    match controller::run(config) {
+    let mut words = std::env::args().skip(1);
+    let done = match (words.next().as_deref(), words.next()) {
+        (Some("check"), Some(base)) => check::run(&base),
+        _ => controller::run(Config::parse()),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -1,6 +1,7 @@
 //! What Prometheus sees of the operator.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crds::{ConditionType, InferenceModel};
@@ -10,6 +11,9 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::pods::Key;
+use crate::reconcile::Watched;
+
 /// Every metric, cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
@@ -18,7 +22,10 @@ pub struct Metrics {
     errors: IntCounterVec,
     models: IntGaugeVec,
     leader: IntGauge,
-    stores: Arc<Mutex<Vec<Store<InferenceModel>>>>,
+    pending: IntGauge,
+    /// Models that something has woken and that were not reconciled since; the controller does not tell.
+    woken: Arc<Mutex<HashSet<Key>>>,
+    stores: Arc<Mutex<Vec<Store<Watched>>>>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -51,16 +58,37 @@ impl Metrics {
         let models = IntGaugeVec::new(
             Opts::new(
                 "bindery_operator_models",
-                "Models whose condition is true, those that were changed and not looked at yet, and all of them.",
+                "Models whose condition is true, those that were changed and not looked at yet, those that cannot be read, and all of them.",
             ),
             &["condition"],
         )?;
         let leader = IntGauge::new("bindery_operator_leader", "1 while this operator leads.")?;
+        let pending = IntGauge::new(
+            "bindery_operator_pending_reconciles",
+            "Models that something has woken and whose reconciliation has not begun since.",
+        )?;
+        registry.register(Box::new(pending.clone()))?;
         registry.register(Box::new(durations.clone()))?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(models.clone()))?;
         registry.register(Box::new(leader.clone()))?;
-        Ok(Self { registry, durations, errors, models, leader, stores: Arc::default() })
+        let (woken, stores) = (Arc::default(), Arc::default());
+        Ok(Self { registry, durations, errors, models, leader, pending, woken, stores })
+    }
+
+    /// Something has woken a model.
+    pub(crate) fn woke(&self, model: Key) {
+        self.woken().insert(model);
+    }
+
+    /// The reconciliation of a model begins, or it is gone.
+    pub(crate) fn begun(&self, model: &Key) {
+        self.woken().remove(model);
+    }
+
+    fn woken(&self) -> MutexGuard<'_, HashSet<Key>> {
+        // Every change is one call.
+        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn reconciled(&self, result: &str, duration: Duration) {
@@ -76,7 +104,7 @@ impl Metrics {
     }
 
     /// Counts the models of this store, beside others', when somebody asks.
-    pub(crate) fn watch(&self, store: Store<InferenceModel>) {
+    pub(crate) fn watch(&self, store: Store<Watched>) {
         self.stores.lock().unwrap_or_else(PoisonError::into_inner).push(store);
     }
 
@@ -86,20 +114,22 @@ impl Metrics {
     /// When it cannot be written.
     pub fn exposition(&self) -> prometheus::Result<String> {
         let stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let models: Vec<_> = stores.iter().flat_map(Store::state).collect();
+        let watched: Vec<_> = stores.iter().flat_map(Store::state).collect();
+        let models: Vec<_> = watched.iter().filter_map(|model| model.0.as_ref().ok()).collect();
         let count = |label: &str, n: usize| {
             self.models.with_label_values(&[label]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };
-        count("any", models.len());
-        let is_outdated = |model: &&Arc<InferenceModel>| {
+        self.pending.set(i64::try_from(self.woken().len()).unwrap_or(i64::MAX));
+        count("any", watched.len());
+        count("unreadable", watched.len() - models.len());
+        let is_outdated = |model: &&&InferenceModel| {
             let observed = model.status.as_ref().and_then(|status| status.observed_generation);
             observed < model.metadata.generation
         };
-        // The depth of the queue: what was asked and not yet looked at.
         count("outdated", models.iter().filter(is_outdated).count());
         for type_ in [ConditionType::Ready, ConditionType::Reconciling, ConditionType::Stalled] {
             let word = type_.to_string();
-            let is_true = |model: &&Arc<InferenceModel>| {
+            let is_true = |model: &&&InferenceModel| {
                 let conditions = model.status.iter().flat_map(|status| &status.conditions);
                 conditions.into_iter().any(|it| it.type_ == word && it.status == "True")
             };
@@ -108,5 +138,28 @@ impl Metrics {
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         String::from_utf8(text).map_err(|error| prometheus::Error::Msg(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_pending_from_what_wakes_it_to_its_reconciliation() {
+        let metrics = Metrics::new().unwrap();
+        let pending = || {
+            let text = metrics.exposition().unwrap();
+            let line =
+                text.lines().find(|it| it.starts_with("bindery_operator_pending_reconciles "));
+            line.unwrap().rsplit_once(' ').unwrap().1.to_owned()
+        };
+        let key = |name: &str| ("n".to_owned(), name.to_owned());
+        for name in ["a", "a", "b"] {
+            metrics.woke(key(name));
+        }
+        assert_eq!(pending(), "2", "one that is woken twice is reconciled once");
+        metrics.begun(&key("a"));
+        assert_eq!(pending(), "1");
     }
 }

@@ -7,16 +7,21 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::ResourceExt;
 
+use crate::apply::is_owned;
+use crate::backoff::Backoff;
 use crate::config::Config;
-use crate::desired::Children;
-use crate::observe::{Child, Observed, image_of};
+use crate::desired::{Children, GENERATION};
+use crate::moves::image_of;
+use crate::observe::{Child, Observed};
 use crate::pods::PodSeen;
 use crate::status;
 
-/// A replica whose grant is spread over devices is replaced after this long: while it holds its units the node's total is
-/// smaller, so that its successor tends elsewhere.
-const FRAGMENTED_SECONDS: i64 = 30;
+/// The age at which a replica whose grant is spread over devices is replaced: while it holds its units the node's total is
+/// smaller, so that its successor tends elsewhere. Each one in a row may grow older.
+const FRAGMENTED: Backoff =
+    Backoff { first: Duration::from_secs(30), longest: Duration::from_secs(15 * 60) };
 /// How often a model that changes is looked at, for the words of its replicas.
 const SOON: Duration = Duration::from_secs(2);
 /// How often one that does not change is.
@@ -30,7 +35,16 @@ pub enum Change {
     ApplyDisruptionBudget(Box<PodDisruptionBudget>),
     ApplyNetworkPolicy(Box<NetworkPolicy>),
     DeleteNetworkPolicy { name: String },
-    DeletePod { name: String },
+    DeletePod { name: String, spent: Spent },
+}
+
+/// Why a Pod will not come to anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spent {
+    /// Its node ended it.
+    Failed,
+    /// Its grant is spread over devices.
+    Fragmented,
 }
 
 /// What to do now, what to say, and when to look again.
@@ -43,8 +57,8 @@ pub struct Plan {
 
 /// What the cluster should be told.
 pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Plan {
-    let image = image(observed, config);
-    let children = Children::of(model, config, &image);
+    let image = image(model, observed, config);
+    let children = Children::of(model, config, image.unwrap_or(&config.replica_image));
     let mut changes = vec![
         Change::ApplyService(Box::new(children.service)),
         Change::ApplyDisruptionBudget(Box::new(children.disruption_budget)),
@@ -53,40 +67,59 @@ pub fn plan(model: &InferenceModel, observed: &Observed, config: &Config) -> Pla
         Some(policy) => changes.push(Change::ApplyNetworkPolicy(Box::new(policy))),
         None => changes.extend(stray_policy(model, observed)),
     }
-    changes.push(Change::ApplyDeployment(Box::new(children.deployment)));
-    let spent = observed.pods.iter().filter(|pod| is_spent(pod, observed));
-    changes.extend(spent.map(|pod| Change::DeletePod { name: pod.name.clone() }));
+    if image.is_some() {
+        changes.push(Change::ApplyDeployment(Box::new(children.deployment)));
+    }
+    let name = model.name_any();
+    changes.extend(observed.pods.iter().filter_map(|pod| {
+        let spent = spent(pod, observed, &name)?;
+        Some(Change::DeletePod { name: pod.name.clone(), spent })
+    }));
     let status = status::status(model, observed);
-    let is_done = status::is_settled(&status) && image == config.replica_image;
+    let is_done = status::is_settled(&status) && image == Some(config.replica_image.as_str());
     let look_again = if is_done { LATER } else { SOON };
     Plan { changes, status, look_again }
 }
 
-/// The image that replicas run. A new one comes after the node agents run it, to a few models at a time.
-fn image(observed: &Observed, config: &Config) -> String {
-    let runs = observed.deployment.as_deref().and_then(image_of);
-    match runs {
-        Some(runs) if !observed.may_move => runs.to_owned(),
-        Some(_) | None => config.replica_image.clone(),
-    }
+/// The image that replicas should run; absent: their Deployment stays as it is. A new one comes after the node agents run
+/// it, to a few models at a time. Until then the old one keeps its whole template, since a newer operator's may have
+/// arguments that it does not know; only what a user edits is not held.
+fn image<'a>(
+    model: &InferenceModel,
+    observed: &'a Observed,
+    config: &'a Config,
+) -> Option<&'a str> {
+    let wanted = Some(config.replica_image.as_str());
+    let Some(deployment) = observed.deployment.as_deref().filter(|_| !observed.may_move) else {
+        return wanted;
+    };
+    let Some(runs) = image_of(deployment) else { return wanted };
+    is_edited(model, deployment).then_some(runs)
+}
+
+/// Whether a Deployment was made of another generation of its model.
+fn is_edited(model: &InferenceModel, deployment: &Deployment) -> bool {
+    let made_of = deployment.annotations().get(GENERATION).and_then(|it| it.parse::<i64>().ok());
+    made_of.is_some_and(|generation| model.metadata.generation != Some(generation))
 }
 
 /// A policy of ours that is no longer wanted.
 fn stray_policy(model: &InferenceModel, observed: &Observed) -> Option<Change> {
     let head = observed.heads.get(&Child::NetworkPolicy)?;
-    let uid = model.metadata.uid.as_ref()?;
-    let owned = head.owner_references.iter().flatten().any(|owner| &owner.uid == uid);
     let name = head.name.clone()?;
-    owned.then_some(Change::DeleteNetworkPolicy { name })
+    is_owned(head, model).then_some(Change::DeleteNetworkPolicy { name })
 }
 
 /// A Pod that will not come back: its ReplicaSet makes another.
-fn is_spent(pod: &PodSeen, observed: &Observed) -> bool {
-    let age = pod.created.map_or(0, |created| observed.now.as_second() - created.as_second());
-    let fragmented =
-        pod.state.as_ref().is_some_and(|state| state.reason == Reason::Fragmented) && !pod.ready;
-    !pod.deleting && (pod.failed || (fragmented && age >= FRAGMENTED_SECONDS))
+fn spent(pod: &PodSeen, observed: &Observed, model: &str) -> Option<Spent> {
+    if pod.failed || pod.ready || pod.deleting {
+        return (pod.failed && !pod.deleting).then_some(Spent::Failed);
+    }
+    let is_fragmented = pod.state.as_ref().is_some_and(|state| state.reason == Reason::Fragmented);
+    let wait = FRAGMENTED.wait(observed.n_fragmented.saturating_add(1), model);
+    let is_old = pod.created.is_some_and(|created| created + wait <= observed.now);
+    (is_fragmented && is_old).then_some(Spent::Fragmented)
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crds::ReplicaState;
 use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::runtime::watcher::Event;
@@ -50,11 +51,12 @@ struct Index {
 }
 
 /// A namespace and a name in it.
-type Key = (String, String);
+pub type Key = (String, String);
 
 #[derive(Debug)]
 struct Kept {
-    model: String,
+    /// Absent: a Pod of somebody else, which counts on its node alone.
+    model: Option<String>,
     seen: PodSeen,
     grant: Option<Grant>,
 }
@@ -69,11 +71,10 @@ struct Grant {
 
 impl Pods {
     /// The Pods of a model, newest first.
-    pub fn of(&self, namespace: &str, model: &str) -> Vec<PodSeen> {
+    pub fn of(&self, model: &Key) -> Vec<PodSeen> {
         let index = self.read();
-        let names = index.of_models.get(&key(namespace, model));
-        let pods = names.into_iter().flatten();
-        let seen = pods.filter_map(|name| index.pods.get(&key(namespace, name)));
+        let pods = index.of_models.get(model).into_iter().flatten();
+        let seen = pods.filter_map(|name| index.pods.get(&(model.0.clone(), name.clone())));
         let mut seen: Vec<_> = seen.map(|kept| kept.seen.clone()).collect();
         seen.sort_by(|one, other| (&other.created, &one.name).cmp(&(&one.created, &other.name)));
         seen
@@ -117,7 +118,7 @@ impl Writer {
         match event {
             Event::Init => self.unnamed = self.known.clone(),
             Event::InitApply(pod) | Event::Apply(pod) => {
-                let key = key_of(pod);
+                let key = key_of(&pod.metadata);
                 self.unnamed.remove(&key);
                 self.known.insert(key.clone());
                 self.pods.write().insert(key, kept(pod));
@@ -128,7 +129,7 @@ impl Writer {
                 }
                 self.begun.send_replace(true);
             }
-            Event::Delete(pod) => self.forget(&key_of(pod)),
+            Event::Delete(pod) => self.forget(&key_of(&pod.metadata)),
         }
     }
 
@@ -142,7 +143,9 @@ impl Index {
     fn insert(&mut self, key: Key, kept: Kept) {
         self.remove(&key);
         let (namespace, name) = key.clone();
-        self.of_models.entry((namespace, kept.model.clone())).or_default().insert(name);
+        if let Some(model) = kept.model.clone() {
+            self.of_models.entry((namespace, model)).or_default().insert(name);
+        }
         if let Some(grant) = &kept.grant {
             *self.held(grant) += grant.gib;
         }
@@ -151,16 +154,19 @@ impl Index {
 
     fn remove(&mut self, key: &Key) {
         let Some(kept) = self.pods.remove(key) else { return };
-        let (namespace, name) = key;
-        let model = (namespace.clone(), kept.model);
-        if let Some(names) = self.of_models.get_mut(&model) {
-            names.remove(name);
-            if names.is_empty() {
-                self.of_models.remove(&model);
-            }
+        if let Some(model) = kept.model {
+            self.take_from((key.0.clone(), model), &key.1);
         }
         if let Some(grant) = &kept.grant {
             *self.held(grant) -= grant.gib;
+        }
+    }
+
+    fn take_from(&mut self, model: Key, name: &str) {
+        let Some(names) = self.of_models.get_mut(&model) else { return };
+        names.remove(name);
+        if names.is_empty() {
+            self.of_models.remove(&model);
         }
     }
 
@@ -170,17 +176,25 @@ impl Index {
     }
 }
 
-fn key(namespace: &str, name: &str) -> Key {
-    (namespace.to_owned(), name.to_owned())
-}
-
-fn key_of(pod: &Pod) -> Key {
-    (pod.namespace().unwrap_or_default(), pod.name_any())
+/// Where an object is.
+pub fn key_of(head: &ObjectMeta) -> Key {
+    (head.namespace.clone().unwrap_or_default(), head.name.clone().unwrap_or_default())
 }
 
 fn kept(pod: &Pod) -> Kept {
-    let model = pod.labels().get(MODEL_LABEL).cloned().unwrap_or_default();
-    Kept { model, seen: seen(pod), grant: grant(pod) }
+    Kept { model: model_of(pod).cloned(), seen: seen(pod), grant: grant(pod) }
+}
+
+/// The model whose Deployment's ReplicaSet controls a Pod. Anybody can write the label; an owner that is not there ends the
+/// Pod, and the Deployment of the model's name is the model's.
+fn model_of(pod: &Pod) -> Option<&String> {
+    let model = pod.labels().get(MODEL_LABEL)?;
+    let hash = pod.labels().get("pod-template-hash")?;
+    let owners = pod.metadata.owner_references.iter().flatten();
+    let owner = owners.into_iter().find(|owner| owner.controller == Some(true))?;
+    let name = owner.name.strip_prefix(model.as_str())?.strip_prefix('-')?;
+    (owner.kind == "ReplicaSet" && owner.api_version.starts_with("apps/") && name == hash)
+        .then_some(model)
 }
 
 /// What a Pod holds; nothing before it has a node and after it has ended.
@@ -237,6 +251,7 @@ fn seen(pod: &Pod) -> PodSeen {
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -246,7 +261,12 @@ mod tests {
 
     fn pod(namespace: &str, name: &str, model: &str, node: &str, gib: i64, phase: &str) -> Pod {
         serde_json::from_value(json!({
-            "metadata": {"namespace": namespace, "name": name, "labels": {MODEL_LABEL: model}},
+            "metadata": {
+                "namespace": namespace, "name": name, "labels": {MODEL_LABEL: model, "pod-template-hash": "5d"},
+                "ownerReferences": [{
+                    "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": format!("{model}-5d"), "uid": "1", "controller": true,
+                }],
+            },
             "spec": {"nodeName": node, "containers": [{"name": "replica", "resources": {"limits": {GIB: gib.to_string()}}}]},
             "status": {"phase": phase},
         }))
@@ -254,7 +274,8 @@ mod tests {
     }
 
     fn names(pods: &Pods, namespace: &str, model: &str) -> Vec<String> {
-        pods.of(namespace, model).into_iter().map(|pod| pod.name).collect()
+        let model = (namespace.to_owned(), model.to_owned());
+        pods.of(&model).into_iter().map(|pod| pod.name).collect()
     }
 
     #[test]
@@ -280,6 +301,28 @@ mod tests {
         assert_eq!((pods.granted_gib(GIB, "node1"), pods.granted_gib(GIB, "node2")), (2, 1));
         right.take(&Event::Delete(pod("right", "a", "m", "node1", 2, "Running")));
         assert!(names(&pods, "right", "m").is_empty());
+    }
+
+    #[test]
+    fn a_label_alone_makes_no_pod_the_models() {
+        let (pods, mut writer) = {
+            let pods = Pods::default();
+            (pods.clone(), Writer::new(pods, watch::channel(false).0))
+        };
+        let with = |name: &str, change: fn(&mut OwnerReference)| {
+            let mut one = pod("n", name, "m", "node1", 1, "Running");
+            one.metadata.owner_references.iter_mut().flatten().for_each(change);
+            Event::Apply(one)
+        };
+        let mut bare = pod("n", "bare", "m", "node1", 1, "Running");
+        bare.metadata.owner_references = None;
+        writer.take(&Event::Apply(bare));
+        writer.take(&with("job", |owner| owner.kind = "Job".into()));
+        writer.take(&with("other", |owner| owner.name = "other-5d".into()));
+        writer.take(&with("follower", |owner| owner.controller = None));
+        writer.take(&with("own", |_| {}));
+        assert_eq!(names(&pods, "n", "m"), ["own"]);
+        assert_eq!(pods.granted_gib(GIB, "node1"), 5, "they hold their nodes' memory all the same");
     }
 
     #[test]

@@ -1,53 +1,55 @@
 //! One model: observe, plan, apply. Also when to come back, and what is told to people.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use k8s_openapi::jiff::Timestamp;
+use kube::Resource;
+use kube::core::DeserializeGuard;
+use kube::core::error_boundary::InvalidObject;
 use kube::runtime::controller::Action;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::ObjectRef;
-use kube::{Resource, ResourceExt};
 
 use crate::apply::{Applier, ApplyError};
+use crate::backoff::{Backoff, Counts};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::observe::{Stores, observe};
-use crate::plan::plan;
+use crate::plan::{Change, Spent, plan};
+use crate::pods::{Key, key_of};
 use crate::status;
 
-/// The first and the longest time from an error to the next try of the same model.
-const FIRST_RETRY: Duration = Duration::from_millis(500);
-const LONGEST_RETRY: Duration = Duration::from_secs(60);
+/// From an error to the next try of the same model.
+const RETRY: Backoff =
+    Backoff { first: Duration::from_millis(500), longest: Duration::from_secs(60) };
+/// When a model is looked at again of which nothing can be done.
+const LATER: Duration = Duration::from_secs(300);
+
+/// A model as its watch gives it: one that this operator cannot read must not end the watch for all.
+pub type Watched = DeserializeGuard<InferenceModel>;
 
 /// What every reconciliation uses.
 #[derive(Debug)]
 pub struct Context {
     pub config: Config,
     pub stores: Stores,
-    pub http: reqwest::Client,
     pub applier: Applier,
     pub teller: Teller,
     pub metrics: Metrics,
-    pub failures: Failures,
+    /// Errors in a row.
+    pub failures: Counts,
 }
 
-/// How often each model has failed in a row.
-#[derive(Debug, Default)]
-pub struct Failures(Mutex<HashMap<ObjectRef<InferenceModel>, u32>>);
-
-impl Failures {
-    fn count(&self, model: &InferenceModel) -> u32 {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(ObjectRef::from_obj(model)).or_default();
-        *count = count.saturating_add(1);
-        *count
-    }
-
-    fn clear(&self, model: &InferenceModel) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.remove(&ObjectRef::from_obj(model));
+impl Context {
+    /// Forgets a model that is gone.
+    pub fn forget(&self, model: &Key) {
+        self.metrics.begun(model);
+        self.applier.forget(model);
+        self.failures.clear(model);
+        self.stores.shared.fragmented.clear(model);
+        self.stores.shared.moves.give_up(model);
     }
 }
 
@@ -55,28 +57,31 @@ impl Failures {
 ///
 /// # Errors
 /// When a write is refused; the same is tried again later.
-pub async fn reconcile(
-    model: Arc<InferenceModel>,
-    context: Arc<Context>,
-) -> Result<Action, ApplyError> {
+pub async fn reconcile(model: Arc<Watched>, context: Arc<Context>) -> Result<Action, ApplyError> {
     let start = Instant::now();
-    let done = write(&model, &context).await;
+    context.metrics.begun(&key_of(model.meta()));
+    let done = match &model.0 {
+        Ok(model) => write(model, &context).await,
+        Err(invalid) => refuse(invalid, &context).await,
+    };
     let result = if done.is_ok() { "ok" } else { "error" };
     context.metrics.reconciled(result, start.elapsed());
+    if done.is_err() {
+        // What could not be written is not on its way.
+        context.stores.shared.moves.give_up(&key_of(model.meta()));
+    }
     let look_again = done?;
-    context.failures.clear(&model);
+    context.failures.clear(&key_of(model.meta()));
     Ok(Action::requeue(look_again))
 }
 
 async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, ApplyError> {
     if model.metadata.deletion_timestamp.is_some() {
         // The garbage collector takes the children.
-        context.applier.forget(&model.namespace().unwrap_or_default(), &model.name_any());
-        return Ok(LONGEST_RETRY);
+        return Ok(LATER);
     }
     context.stores.wait().await;
-    let observed =
-        observe(model, &context.stores, &context.http, &context.config.replica_image).await;
+    let observed = observe(model, &context.stores, &context.config).await;
     let plan = plan(model, &observed, &context.config);
     for change in &plan.changes {
         if let Err(error) = context.applier.apply(model, &observed, change).await {
@@ -87,34 +92,35 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
             }
             return Err(error);
         }
+        if matches!(change, Change::DeletePod { spent: Spent::Fragmented, .. }) {
+            context.stores.shared.fragmented.add(&key_of(&model.metadata));
+        }
+    }
+    if status::is_settled(&plan.status) {
+        context.stores.shared.fragmented.clear(&key_of(&model.metadata));
     }
     context.applier.write_status(model, &plan.status).await?;
     context.teller.tell(model, &plan.status).await;
     Ok(plan.look_again)
 }
 
-/// Later and later, and not all at once.
-pub fn after_error(
-    model: Arc<InferenceModel>,
-    error: &ApplyError,
-    context: Arc<Context>,
-) -> Action {
-    context.metrics.failed(error.kind());
-    let name = ObjectRef::from_obj(&*model);
-    let retry = backoff(context.failures.count(&model), &name.to_string());
-    tracing::warn!(%name, %error, ?retry, "cannot reconcile");
-    Action::requeue(retry)
+/// Says of a model that cannot be read what is wrong with it. Its children stay as they are.
+async fn refuse(invalid: &InvalidObject, context: &Context) -> Result<Duration, ApplyError> {
+    context.stores.wait().await;
+    let deployment = context.stores.deployment(&key_of(&invalid.metadata));
+    let status = status::unreadable(invalid, deployment.as_deref(), Timestamp::now());
+    context.applier.write_unreadable(invalid, &status).await?;
+    Ok(LATER)
 }
 
-/// Doubles with each failure; a part that depends on the model spreads them.
-fn backoff(n_failures: u32, name: &str) -> Duration {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (name, n_failures).hash(&mut hasher);
-    let percent = u32::try_from(hasher.finish() % 50).unwrap_or(0);
-    let doubled = FIRST_RETRY.saturating_mul(1 << n_failures.saturating_sub(1).min(16));
-    let longest = doubled.min(LONGEST_RETRY);
-    longest + longest * percent / 100
+/// Later and later, and not all at once.
+pub fn after_error(model: Arc<Watched>, error: &ApplyError, context: Arc<Context>) -> Action {
+    context.metrics.failed(error.kind());
+    let name = ObjectRef::from_obj(&*model);
+    let n_failures = context.failures.add(&key_of(model.meta()));
+    let retry = RETRY.wait(n_failures, &name.to_string());
+    tracing::warn!(%name, %error, ?retry, "cannot reconcile");
+    Action::requeue(retry)
 }
 
 /// Tells people of what changes: one Event for each new reason of `Ready`.
@@ -156,19 +162,5 @@ impl Teller {
         if let Err(error) = self.0.publish(&event, &model.object_ref(&())).await {
             tracing::warn!(%error, "cannot publish an event");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_model_that_fails_is_tried_later_and_later_up_to_a_limit() {
-        let times: Vec<_> = (1..20).map(|n| backoff(n, "a")).collect();
-        assert!(times[0] >= FIRST_RETRY && times[0] <= FIRST_RETRY * 3 / 2);
-        assert!(times[3] > times[0]);
-        assert!(times.iter().all(|time| *time <= LONGEST_RETRY * 3 / 2));
-        assert_ne!(backoff(5, "a"), backoff(5, "b"), "models are spread");
     }
 }

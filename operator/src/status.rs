@@ -1,12 +1,15 @@
 //! What a model's status says, from facts alone. Pure.
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+use kube::core::error_boundary::InvalidObject;
 
 use crate::desired::{resource_of, selector};
-use crate::observe::Observed;
-use crate::pods::PodSeen;
+use crate::observe::{Counted, Observed};
+use crate::pods::{PodSeen, key_of};
 
 /// Nodes that a message names at most.
 const NAMED_NODES: usize = 8;
@@ -32,11 +35,22 @@ struct Cause {
     message: String,
 }
 
+/// Whether a model is ready, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Ready(Cause),
+    NotReady(Cause),
+}
+
 /// The status to write. Times of conditions that have not changed stay.
 pub fn status(model: &InferenceModel, observed: &Observed) -> InferenceModelStatus {
     let counts = counts(model, observed);
-    let cause = if counts.is_done { None } else { Some(cause(model, observed, counts)) };
-    with_cause(model, observed, counts, cause)
+    let verdict = if counts.is_done {
+        Verdict::Ready(well(model, observed, counts))
+    } else {
+        Verdict::NotReady(cause(model, observed, counts))
+    };
+    with_verdict(model, observed, counts, verdict)
 }
 
 /// The status where the API server refuses a child, in its words.
@@ -46,14 +60,14 @@ pub fn refused(
     message: String,
 ) -> InferenceModelStatus {
     let cause = Cause { reason: Reason::ApplyFailed, message };
-    with_cause(model, observed, counts(model, observed), Some(cause))
+    with_verdict(model, observed, counts(model, observed), Verdict::NotReady(cause))
 }
 
-fn with_cause(
+fn with_verdict(
     model: &InferenceModel,
     observed: &Observed,
     counts: Counts,
-    cause: Option<Cause>,
+    verdict: Verdict,
 ) -> InferenceModelStatus {
     InferenceModelStatus {
         observed_generation: model.metadata.generation,
@@ -61,9 +75,38 @@ fn with_cause(
         ready_replicas: counts.ready,
         updated_replicas: counts.updated,
         summary: Some(format!("{}/{}", counts.ready, counts.wanted)),
-        selector: Some(selector(model)),
-        url: Some(url(model)),
-        conditions: conditions(model, observed, counts, cause),
+        selector: Some(selector(&model.name_any())),
+        url: Some(url(&model.namespace().unwrap_or_default(), &model.name_any())),
+        conditions: Conditions {
+            old: model.status.as_ref().map_or(&[], |status| &status.conditions),
+            generation: model.metadata.generation,
+            now: observed.now,
+        }
+        .of(&verdict),
+    }
+}
+
+/// The status of a model that this operator cannot read; its replicas go on.
+pub fn unreadable(
+    invalid: &InvalidObject,
+    deployment: Option<&Deployment>,
+    now: Timestamp,
+) -> InferenceModelStatus {
+    let head = &invalid.metadata;
+    let (namespace, name) = key_of(head);
+    let runs = deployment.and_then(|found| found.status.clone()).unwrap_or_default();
+    let message = format!("this operator cannot read the resource: {}", invalid.error);
+    let cause = Cause { reason: Reason::InvalidSpec, message };
+    InferenceModelStatus {
+        observed_generation: head.generation,
+        replicas: runs.replicas.unwrap_or(0),
+        ready_replicas: runs.ready_replicas.unwrap_or(0),
+        updated_replicas: runs.updated_replicas.unwrap_or(0),
+        summary: None,
+        selector: Some(selector(&name)),
+        url: Some(url(&namespace, &name)),
+        conditions: Conditions { old: &[], generation: head.generation, now }
+            .of(&Verdict::NotReady(cause)),
     }
 }
 
@@ -74,8 +117,8 @@ pub fn is_settled(status: &InferenceModelStatus) -> bool {
     })
 }
 
-fn url(model: &InferenceModel) -> String {
-    format!("http://{}.{}.svc/v1", model.name_any(), model.namespace().unwrap_or_default())
+fn url(namespace: &str, name: &str) -> String {
+    format!("http://{name}.{namespace}.svc/v1")
 }
 
 fn counts(model: &InferenceModel, observed: &Observed) -> Counts {
@@ -93,6 +136,20 @@ fn counts(model: &InferenceModel, observed: &Observed) -> Counts {
     let is_done =
         has_seen && all_answer && updated >= wanted && ready >= wanted && present == wanted;
     Counts { wanted, present, ready, updated, is_done }
+}
+
+/// Why a model is ready, and what is not well all the same.
+fn well(model: &InferenceModel, observed: &Observed, counts: Counts) -> Cause {
+    let reason = if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
+    let drains = model.spec.rollout.drain_seconds;
+    let cut = observed.agents_drain_seconds.filter(|seconds| *seconds < drains);
+    let warning = cut.map(|seconds| {
+        format!(
+            "; rollout.drainSeconds is {drains}, but an update of the node agent cuts requests off after {seconds} s (node.drainSeconds of the chart)"
+        )
+    });
+    let answer = format!("{} of {} replicas answer", counts.ready, counts.wanted);
+    Cause { reason, message: answer + &warning.unwrap_or_default() }
 }
 
 /// The one thing that a person should know first.
@@ -209,45 +266,50 @@ fn unscheduled(model: &InferenceModel, observed: &Observed, message: &str) -> Ca
     } else {
         ""
     };
-    let message =
-        format!("asked {} of one node, free: {}{surge}", model.spec.memory, free.join(", "));
+    let others = match observed.counted {
+        Counted::All => "",
+        Counted::Listed => " (less what Pods of other namespaces hold)",
+    };
+    let message = format!(
+        "asked {} of one node, free: {}{others}{surge}",
+        model.spec.memory,
+        free.join(", ")
+    );
     Cause { reason: Reason::InsufficientMemory, message }
 }
 
-fn conditions(
-    model: &InferenceModel,
-    observed: &Observed,
-    counts: Counts,
-    cause: Option<Cause>,
-) -> Vec<Condition> {
-    let condition = |type_: ConditionType, status: &str, cause: &Cause| {
+/// The conditions that a model has, and when its next ones are made.
+struct Conditions<'a> {
+    old: &'a [Condition],
+    generation: Option<i64>,
+    now: Timestamp,
+}
+
+impl Conditions<'_> {
+    fn of(&self, verdict: &Verdict) -> Vec<Condition> {
+        let cause = match verdict {
+            Verdict::Ready(cause) => return vec![self.one(ConditionType::Ready, "True", cause)],
+            Verdict::NotReady(cause) => cause,
+        };
+        let other = if cause.reason.is_terminal() {
+            ConditionType::Stalled
+        } else {
+            ConditionType::Reconciling
+        };
+        vec![self.one(ConditionType::Ready, "False", cause), self.one(other, "True", cause)]
+    }
+
+    fn one(&self, type_: ConditionType, status: &str, cause: &Cause) -> Condition {
         let type_ = type_.to_string();
-        let old = model.status.iter().flat_map(|status| &status.conditions);
-        let same = old.into_iter().find(|old| old.type_ == type_ && old.status == status);
+        let same = self.old.iter().find(|old| old.type_ == type_ && old.status == status);
         Condition {
             type_,
             status: status.to_owned(),
             reason: cause.reason.to_string(),
             message: cause.message.clone(),
-            observed_generation: model.metadata.generation,
+            observed_generation: self.generation,
             last_transition_time: same
-                .map_or(Time(observed.now), |old| old.last_transition_time.clone()),
-        }
-    };
-    match cause {
-        None => {
-            let reason =
-                if counts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReplicasReady };
-            let message = format!("{} of {} replicas answer", counts.ready, counts.wanted);
-            vec![condition(ConditionType::Ready, "True", &Cause { reason, message })]
-        }
-        Some(cause) => {
-            let other = if cause.reason.is_terminal() {
-                ConditionType::Stalled
-            } else {
-                ConditionType::Reconciling
-            };
-            vec![condition(ConditionType::Ready, "False", &cause), condition(other, "True", &cause)]
+                .map_or(Time(self.now), |old| old.last_transition_time.clone()),
         }
     }
 }

@@ -40,6 +40,25 @@ fn one_leads_and_another_takes_over(cluster: &Cluster) -> Result<()> {
     space.wait_until_ready("m")
 }
 
+/// Writes of a model and its children that the API server has answered, those that change nothing included. What the
+/// controllers of Kubernetes write of a child's status is left out.
+fn n_writes(cluster: &Cluster) -> Result<f64> {
+    let metrics = cluster.kubectl(&["get", "--raw", "/metrics"])?;
+    let lines = metrics.lines().filter(|line| is_write(line));
+    lines.map(|line| Ok(line.rsplit_once(' ').context("no figure")?.1.parse::<f64>()?)).sum()
+}
+
+fn is_write(line: &str) -> bool {
+    let has = |label: &str, values: &[&str]| {
+        values.iter().any(|value| line.contains(&format!("{label}=\"{value}\"")))
+    };
+    let children = ["deployments", "services", "poddisruptionbudgets", "networkpolicies"];
+    line.starts_with("apiserver_request_total{")
+        && has("verb", &["APPLY", "PATCH", "PUT", "POST", "DELETE"])
+        && (has("resource", &["inferencemodels"])
+            || has("resource", &children) && has("subresource", &[""]))
+}
+
 /// Versions of a model and all its children.
 fn versions(cluster: &Cluster, namespace: &str) -> Result<BTreeMap<String, Value>> {
     let kinds = "imodel,deployment,service,pdb,networkpolicy";
@@ -52,12 +71,19 @@ fn versions(cluster: &Cluster, namespace: &str) -> Result<BTreeMap<String, Value
 }
 
 fn nothing_is_written_in_a_steady_state(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
     let space = cluster.namespace("steady")?;
     space.model("m", &json!({"replicas": 2}))?;
     space.wait_until_ready("m")?;
     std::thread::sleep(Duration::from_secs(2));
     let before = versions(cluster, "steady")?;
     ensure!(before.len() >= 5, "{before:?}");
+    let writes = n_writes(cluster)?;
+    ensure!(writes > 0.0, "the API server's metrics have other names");
+    std::thread::sleep(Duration::from_secs(10));
+    // A patch that changes nothing leaves every version as it is.
+    let since = n_writes(cluster)? - writes;
+    ensure!(since == 0.0, "{since} writes in a steady state");
     // All of them begin anew.
     cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/bindery-operator"])?;
     cluster.kubectl(&[
@@ -97,7 +123,8 @@ fn the_chart_is_what_the_api_server_takes(cluster: &Cluster) -> Result<()> {
     cluster.helm(&["lint", "--strict", chart])?;
     for values in [
         "gpuNodes.enabled=true,cpuNodes.enabled=true",
-        "networkPolicy.enabled=false,priorityClass.create=false,operator.namespaces={a,b}",
+        // Its Roles are in these namespaces, which must be there.
+        "networkPolicy.enabled=false,priorityClass.create=false,operator.namespaces={default,kube-system}",
     ] {
         let objects = cluster.helm(&["template", "other", chart, "-n", SYSTEM, "--set", values])?;
         cluster.run(
@@ -105,6 +132,13 @@ fn the_chart_is_what_the_api_server_takes(cluster: &Cluster) -> Result<()> {
             &["apply", "--dry-run=server", "-n", SYSTEM, "-f", "-"],
             &objects,
         )?;
+    }
+    // Its kind is not in this cluster.
+    let monitored =
+        ["template", "other", chart, "--set", "podMonitor.enabled=true,node.minReadySeconds=7"];
+    let objects = cluster.helm(&monitored)?;
+    for part in ["kind: PodMonitor", "- {port: metrics}", "minReadySeconds: 7"] {
+        ensure!(objects.contains(part), "{part:?} is not in {objects}");
     }
     let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
     cluster.kubectl(&["apply", "--dry-run=server", "-n", "default", "-f", examples])?;

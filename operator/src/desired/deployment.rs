@@ -4,9 +4,10 @@ use crds::InferenceModel;
 use k8s_openapi::api::apps::v1::{
     Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{child, label_selector};
+use super::names::{GENERATION, child, label_selector};
 use super::pod;
 use crate::config::Config;
 
@@ -21,8 +22,12 @@ pub(super) fn deployment(model: &InferenceModel, config: &Config, image: &str) -
         max_surge: Some(IntOrString::Int(rollout.max_surge)),
         max_unavailable: Some(IntOrString::Int(rollout.max_unavailable)),
     };
+    let generation = model.metadata.generation.map(|it| (GENERATION.to_owned(), it.to_string()));
     Deployment {
-        metadata: child(model),
+        metadata: ObjectMeta {
+            annotations: Some(generation.into_iter().collect()),
+            ..child(model)
+        },
         spec: Some(DeploymentSpec {
             replicas: Some(model.spec.replicas.unwrap_or(1)),
             selector: label_selector(model),

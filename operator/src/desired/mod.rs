@@ -14,7 +14,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
 use crate::config::{Config, Switch};
 
-pub use names::{HEALTH_PORT, HTTP_PORT, MODEL_LABEL, resource_of, selector};
+pub use names::{GENERATION, HEALTH_PORT, HTTP_PORT, MODEL_LABEL, resource_of, selector};
 
 /// The children of a model.
 #[derive(Debug, Clone, PartialEq)]

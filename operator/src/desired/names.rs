@@ -8,6 +8,8 @@ use kube::{Resource, ResourceExt};
 
 /// The label by which children are found. Its value is the model's name, which the schema keeps short enough.
 pub const MODEL_LABEL: &str = "bindery.dev/model";
+/// Of a Deployment: the generation of the model that it was made of.
+pub const GENERATION: &str = "bindery.dev/generation";
 /// Where a replica answers.
 pub const HTTP_PORT: i32 = 8000;
 /// Where a replica says how it is, and has its engine's metrics.
@@ -32,8 +34,8 @@ pub(super) fn label_selector(model: &InferenceModel) -> LabelSelector {
 }
 
 /// The same as text, for autoscalers.
-pub fn selector(model: &InferenceModel) -> String {
-    format!("{MODEL_LABEL}={}", model.name_any())
+pub fn selector(name: &str) -> String {
+    format!("{MODEL_LABEL}={name}")
 }
 
 /// Labels of every child.

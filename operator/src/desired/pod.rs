@@ -96,6 +96,8 @@ fn spread(model: &InferenceModel) -> Vec<TopologySpreadConstraint> {
         topology_key: "kubernetes.io/hostname".into(),
         when_unsatisfiable: "ScheduleAnyway".into(),
         label_selector: Some(label_selector(model)),
+        // Of this template alone: what is about to end would push both new replicas to the other node.
+        match_label_keys: Some(vec!["pod-template-hash".into()]),
         ..TopologySpreadConstraint::default()
     }]
 }

@@ -9,6 +9,7 @@ pub(crate) fn config() -> Config {
         namespaces: Vec::new(),
         replica_image: "localhost/bindery:1".into(),
         node_agents: None,
+        node_drain_seconds: None,
         pull_policy: PullPolicy::IfNotPresent,
         priority_class: Some("bindery-replica".into()),
         network_policies: Switch::On,
@@ -124,4 +125,13 @@ fn a_user_adds_labels_and_replaces_none_of_ours() {
 fn a_drain_fits_into_the_grace_period() {
     let pod = pod(json!({"rollout": {"drainSeconds": 300}}));
     assert_eq!(pod["spec"]["terminationGracePeriodSeconds"], 315);
+}
+
+#[test]
+fn replicas_spread_among_those_of_their_own_template() {
+    let spread = &pod(json!({}))["spec"]["topologySpreadConstraints"][0];
+    assert_eq!(spread["matchLabelKeys"], json!(["pod-template-hash"]));
+    let own = json!([{"maxSkew": 2, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]);
+    let pod = pod(json!({"scheduling": {"topologySpreadConstraints": own}}));
+    assert_eq!(pod["spec"]["topologySpreadConstraints"], own, "a user's own stay as they are");
 }

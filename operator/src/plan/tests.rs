@@ -8,9 +8,11 @@ use serde_json::json;
 use super::*;
 use crate::config::Switch;
 use crate::desired::tests::{config, model};
-use crate::observe::NodeSeen;
+use crate::observe::{Counted, NodeSeen};
+use crate::reconcile::Watched;
 
-fn pod(name: &str) -> PodSeen {
+/// A Pod that is not ready and says nothing.
+pub(crate) fn pod(name: &str) -> PodSeen {
     PodSeen {
         name: name.into(),
         template: "new".into(),
@@ -71,12 +73,45 @@ fn a_model_is_ready_when_what_is_asked_answers() {
 }
 
 #[test]
+fn a_model_that_drains_longer_than_its_agents_is_told_so() {
+    let told = |agents_drain_seconds| {
+        let observed = seen(vec![ready("a")], deployment(1, 1, 1));
+        verdict(&Observed { agents_drain_seconds, ..observed })
+    };
+    let (status, _, message, _) = told(Some(60));
+    assert!(message.contains("rollout.drainSeconds is 120") && message.contains("after 60 s"));
+    assert_eq!(status, "True");
+    for enough in [None, Some(120)] {
+        assert_eq!(told(enough).2, "1 of 1 replicas answer");
+    }
+}
+
+#[test]
 fn a_model_is_not_ready_by_the_replicas_of_before() {
     let old = PodSeen { template: "old".into(), ..ready("old") };
     let new = saying("new", Reason::Loading, "loaded 1 of 2 MiB");
     let (status, reason, message, stalled) = verdict(&seen(vec![new, old], deployment(2, 1, 1)));
     assert_eq!((status.as_str(), reason.as_str(), stalled), ("False", "Loading", false));
     assert_eq!(message, "loaded 1 of 2 MiB; 1 replicas of before serve on");
+}
+
+#[test]
+fn a_model_that_cannot_be_read_is_told_so_and_ends_no_list() {
+    let mut unread = serde_json::to_value(model(json!({}))).unwrap();
+    for memory in ["+2Gi", "2147483648.", "2147483648e0"] {
+        unread["spec"]["memory"] = json!(memory);
+        let list = json!([unread, model(json!({}))]);
+        let list: Vec<Watched> = serde_json::from_value(list).unwrap();
+        assert!(list[1].0.is_ok());
+        let invalid = list[0].0.as_ref().unwrap_err();
+        let status =
+            status::unreadable(invalid, deployment(3, 2, 1).as_deref(), Timestamp::UNIX_EPOCH);
+        let told: Vec<_> = status.conditions.iter().map(|it| it.reason.as_str()).collect();
+        assert_eq!(told, ["InvalidSpec", "InvalidSpec"]);
+        assert!(status.conditions[0].message.contains(memory), "{:?}", status.conditions);
+        assert_eq!((status.observed_generation, status.ready_replicas), (Some(3), 1));
+        assert_eq!(status.selector.as_deref(), Some("bindery.dev/model=tiny"));
+    }
 }
 
 #[test]
@@ -117,6 +152,8 @@ fn missing_memory_is_told_with_figures() {
     let (_, reason, message, stalled) = verdict(&observed);
     assert_eq!((reason.as_str(), stalled), ("InsufficientMemory", false));
     assert_eq!(message, "asked 2Gi of one node, free: n1 1 of 4 GiB, n2 0 of 8 GiB");
+    observed.counted = Counted::Listed;
+    assert!(verdict(&observed).2.ends_with("8 GiB (less what Pods of other namespaces hold)"));
 }
 
 #[test]
@@ -163,6 +200,17 @@ fn zero_replicas_are_a_wish_that_is_met() {
     assert_eq!(plan.look_again, LATER);
 }
 
+/// The Pods that a plan deletes at this second.
+fn deleted(observed: Observed, second: i64) -> Vec<String> {
+    let observed = Observed { now: Timestamp::from_second(second).unwrap(), ..observed };
+    let plan = plan(&model(json!({})), &observed, &config());
+    let names = plan.changes.into_iter().filter_map(|change| match change {
+        Change::DeletePod { name, .. } => Some(name),
+        _ => None,
+    });
+    names.collect()
+}
+
 #[test]
 fn pods_that_will_not_come_back_are_deleted_and_no_others() {
     let failed = PodSeen { failed: true, ..pod("failed") };
@@ -171,27 +219,21 @@ fn pods_that_will_not_come_back_are_deleted_and_no_others() {
         created: Some(Timestamp::from_second(90).unwrap()),
         ..saying("young", Reason::Fragmented, "over two devices")
     };
-    let going = PodSeen { deleting: true, ..failed.clone() };
-    let pods = vec![
-        ready("a"),
-        pod("b"),
-        failed,
-        spread,
-        young,
-        PodSeen { name: "going".into(), ..going },
-    ];
-    let mut observed = seen(pods, deployment(1, 1, 1));
-    observed.now = Timestamp::from_second(100).unwrap();
-    let plan = plan(&model(json!({})), &observed, &config());
-    let deleted: Vec<_> = plan
-        .changes
-        .iter()
-        .filter_map(|change| match change {
-            Change::DeletePod { name } => Some(name.as_str()),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(deleted, ["failed", "spread"]);
+    let going = PodSeen { name: "going".into(), deleting: true, ..failed.clone() };
+    let pods = vec![ready("a"), pod("b"), failed, spread, young, going];
+    assert_eq!(deleted(seen(pods, deployment(1, 1, 1)), 100), ["failed", "spread"]);
+}
+
+#[test]
+fn each_fragmented_replica_in_a_row_may_grow_older() {
+    let age = |n_fragmented| {
+        let pods = vec![saying("spread", Reason::Fragmented, "over two devices")];
+        let observed = Observed { n_fragmented, ..seen(pods, deployment(1, 1, 0)) };
+        (0..2000).find(|second| !deleted(observed.clone(), *second).is_empty()).unwrap()
+    };
+    let ages: Vec<_> = (0..8).map(age).collect();
+    assert!((30..=45).contains(&ages[0]), "{ages:?}");
+    assert!(ages[1] >= 60 && ages[2] >= 120 && ages[7] <= 1350, "{ages:?}");
 }
 
 #[test]
@@ -201,7 +243,7 @@ fn only_a_policy_of_the_model_is_deleted() {
     let head = |uid: &str| {
         serde_json::from_value(json!({
             "name": "tiny",
-            "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "tiny", "uid": uid}],
+            "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "tiny", "uid": uid, "controller": true}],
         }))
         .unwrap()
     };
@@ -258,19 +300,30 @@ proptest! {
     }
 }
 
+/// The image that a plan gives a model whose Deployment was made of `generation` with the image of before.
+fn planned_image(may_move: bool, generation: Option<i64>) -> Option<String> {
+    let deployment = generation.map(|generation| {
+        let mut before = model(json!({}));
+        before.metadata.generation = Some(generation);
+        Arc::new(Children::of(&before, &config(), "localhost/bindery:0").deployment)
+    });
+    let observed = Observed { may_move, ..seen(Vec::new(), deployment) };
+    let planned = plan(&model(json!({})), &observed, &config());
+    assert_eq!(planned.look_again, SOON);
+    planned.changes.iter().find_map(|change| match change {
+        Change::ApplyDeployment(found) => image_of(found).map(str::to_owned),
+        _ => None,
+    })
+}
+
 #[test]
 fn replicas_move_to_a_new_image_only_when_they_may() {
-    let old = Children::of(&model(json!({})), &config(), "localhost/bindery:0").deployment;
-    let image = |may_move, deployment: Option<&Deployment>| {
-        let deployment = deployment.map(|found| Arc::new(found.clone()));
-        let observed = Observed { may_move, ..seen(Vec::new(), deployment) };
-        let planned = plan(&model(json!({})), &observed, &config());
-        planned.changes.iter().find_map(|change| match change {
-            Change::ApplyDeployment(found) => image_of(found).map(str::to_owned),
-            _ => None,
-        })
-    };
-    assert_eq!(image(false, Some(&old)).as_deref(), Some("localhost/bindery:0"));
-    assert_eq!(image(true, Some(&old)).as_deref(), Some("localhost/bindery:1"));
-    assert_eq!(image(false, None).as_deref(), Some("localhost/bindery:1"), "a new model");
+    assert_eq!(planned_image(true, Some(3)).as_deref(), Some("localhost/bindery:1"));
+    assert_eq!(planned_image(false, None).as_deref(), Some("localhost/bindery:1"), "a new model");
+}
+
+#[test]
+fn an_old_image_keeps_its_whole_template_until_a_user_edits_the_model() {
+    assert_eq!(planned_image(false, Some(3)), None, "the Deployment is not written");
+    assert_eq!(planned_image(false, Some(2)).as_deref(), Some("localhost/bindery:0"));
 }

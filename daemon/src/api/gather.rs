@@ -164,8 +164,9 @@ impl Gather {
                 self.choices.iter_mut().for_each(|own| own.ended = true);
                 Some(Update::Beams(self.beams(beams)))
             }
-            Event::Token { choice, token, logprobs, .. } => {
+            Event::Token { choice, token, logprobs, at } => {
                 let logprob = logprobs.as_ref().map_or(0.0, |logprobs| logprobs.token.logprob);
+                self.time(choice, at);
                 let delta = self.token(choice, token, logprob)?;
                 let logprobs = logprobs.filter(|_| self.wants_logprobs).map(|boxed| *boxed);
                 Some(Update::Delta(Delta { logprobs: logprobs.into_iter().collect(), ..delta }))
@@ -176,16 +177,26 @@ impl Gather {
         }
     }
 
+    /// Measures by the engine's clock: how fast a client reads is its own affair.
+    fn time(&mut self, choice: u32, at: Instant) {
+        let own = self.choices.get_mut(choice as usize).filter(|own| !own.ended);
+        match own.map(|own| own.last_token.replace(at)) {
+            None => {}
+            Some(None) => {
+                self.metrics.first_token(at.saturating_duration_since(self.arrived));
+            }
+            Some(Some(before)) => {
+                self.metrics.inter_token(at.saturating_duration_since(before));
+            }
+        }
+    }
+
     /// `None` when the choice had ended by a stop string: its later tokens are nobody's.
     fn token(&mut self, choice: u32, token: TokenId, logprob: f32) -> Option<Delta> {
         let own = self.choices.get_mut(choice as usize).filter(|own| !own.ended)?;
         own.n_tokens += 1;
         own.cumulative_logprob += logprob;
         self.used.output_tokens += usize::from(self.counts_output);
-        match own.last_token.replace(Instant::now()) {
-            None => self.metrics.first_token(self.arrived.elapsed()),
-            Some(before) => self.metrics.inter_token(before.elapsed()),
-        }
         let ends =
             own.n_tokens >= self.min_tokens && self.stop_tokens.binary_search(&token).is_ok();
         let silent = ends && self.include_stop == IncludeStop::No;

@@ -29,12 +29,12 @@ run: tools ## Build, fetch SmolLM2-135M-Instruct and serve it on 127.0.0.1:8000 
 test: tools components ## Check the format, run the lints and all tests
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	@model=$$($(PYTHON) tests/fetch_model.py) && \
+	@models=$$($(PYTHON) tests/fetch_models.py) && \
 	conformance=$$($(PYTHON) tests/conformance/fetch.py) && \
 	python=$$($(PYTHON) tests/python_env.py) && \
 	promtool=$$(sh tests/find_promtool.sh || true) && \
 	set -x && \
-	BINDERY_TEST_MODEL_DIR="$$(dirname "$$model")" \
+	BINDERY_TEST_MODEL_DIR="$$models" \
 	BINDERY_CONFORMANCE_DIR="$$conformance" \
 	BINDERY_TEST_PYTHON="$$python" \
 	BINDERY_TEST_PROMTOOL="$$promtool" \

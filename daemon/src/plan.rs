@@ -58,16 +58,14 @@ pub struct MemoryPlan {
 /// Why there is no plan. Every variant says what is missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
+    #[error("{flag} {wanted} is more than the {limit} positions that the model was made for")]
+    TooLong { flag: &'static str, wanted: u32, limit: u32 },
+    /// In the grant; `parts` end with the KV blocks where their number is stated.
     #[error(
-        "max-model-len {wanted} is more than the {limit} positions that the model was made for"
-    )]
-    TooLong { wanted: u32, limit: u32 },
-    #[error(
-        "weights, workspace and process need {needed} bytes ({} MiB), {limit} bytes ({} MiB) are granted: \
-         {} bytes ({} MiB) are missing before the first KV block",
+        "{parts} need {needed} bytes ({} MiB), {limit} bytes ({} MiB) are granted: {} bytes ({} MiB) are missing",
         mib(*needed), mib(*limit), needed - limit, mib(needed - limit)
     )]
-    NoRoomForWeights { needed: u64, limit: u64 },
+    NoRoomForWeights { parts: &'static str, needed: u64, limit: u64 },
     #[error(
         "one sequence of max-model-len {len} needs {needed} KV blocks, the memory makes {blocks}: {} bytes ({} MiB) \
          are missing, or a max-model-len of at most {fits}",
@@ -93,33 +91,26 @@ impl MemoryPlan {
     /// # Errors
     /// When the weights, one sequence of the stated length, or all of it together do not fit, with what is missing.
     pub fn new(config: &ServeConfig, demand: Demand, machine: Machine) -> Result<Self, PlanError> {
-        let wanted_len = wanted_len(config, demand)?;
-        let fixed = demand
-            .weights
-            .checked_add(demand.workspace)
-            .and_then(|sum| sum.checked_add(PROCESS_OVERHEAD_BYTES));
-        let fixed = fixed.ok_or(PlanError::Overflow("weights and workspace"))?;
+        let wanted = wanted_len(config, demand)?;
+        let fixed = fixed_bytes(demand)?;
         let size = BlockSize(config.block_size);
         let block_bytes = demand.kv_per_token.checked_mul(u64::from(config.block_size.get()));
         let block_bytes = block_bytes.ok_or(PlanError::Overflow("bytes of a block"))?;
         let pool = match config.num_blocks_override {
             Some(blocks) => u64::from(blocks.get()),
             None => {
-                let bytes = kv_bytes(config, demand, machine, fixed, wanted_len)?;
+                let bytes = kv_bytes(config, demand, machine, fixed, wanted)?;
                 blocks_in(size, demand.kv_per_token, bytes)?.saturating_sub(1)
             }
         };
-        let (len, lowered) = fit_len(config, wanted_len, pool, block_bytes)?;
+        let (len, lowered) = fit_len(config, wanted, pool, block_bytes)?;
         let per_sequence = size.blocks_for(len as usize) as u64;
         let blocks = u32::try_from(pool).map_err(|_| PlanError::Overflow("blocks"))?;
         let kv_bytes = (pool + 1)
             .checked_mul(block_bytes)
             .ok_or(PlanError::Overflow("bytes of all blocks"))?;
         let needed = fixed.saturating_add(kv_bytes);
-        // Checked here: where the kernel overcommits, as on every Kubernetes node, no allocation fails before it kills.
-        if needed > machine.total {
-            return Err(PlanError::LargerThanMachine { needed, total: machine.total });
-        }
+        check_total(config.memory, machine, needed)?;
         Ok(Self {
             weights_bytes: demand.weights,
             workspace_bytes: demand.workspace,
@@ -138,14 +129,37 @@ impl MemoryPlan {
     }
 }
 
-fn wanted_len(config: &ServeConfig, demand: Demand) -> Result<u32, PlanError> {
-    match config.max_model_len {
-        Some(len) if len.get() > demand.max_position => {
-            Err(PlanError::TooLong { wanted: len.get(), limit: demand.max_position })
-        }
-        Some(len) => Ok(len.get()),
-        None => Ok(demand.max_position),
+/// Bytes beside the KV blocks.
+fn fixed_bytes(demand: Demand) -> Result<u64, PlanError> {
+    let sum = demand.weights.checked_add(demand.workspace);
+    let sum = sum.and_then(|sum| sum.checked_add(PROCESS_OVERHEAD_BYTES));
+    sum.ok_or(PlanError::Overflow("weights and workspace"))
+}
+
+/// A grant is the total, whichever flag sized the KV blocks.
+fn check_total(memory: MemoryLimit, machine: Machine, needed: u64) -> Result<(), PlanError> {
+    if let MemoryLimit::Total(limit) = memory
+        && needed > limit.get()
+    {
+        let parts = "weights, workspace, process and KV blocks";
+        return Err(PlanError::NoRoomForWeights { parts, needed, limit: limit.get() });
     }
+    // Checked here: where the kernel overcommits, as on every Kubernetes node, no allocation fails before it kills.
+    if needed > machine.total {
+        return Err(PlanError::LargerThanMachine { needed, total: machine.total });
+    }
+    Ok(())
+}
+
+fn wanted_len(config: &ServeConfig, demand: Demand) -> Result<u32, PlanError> {
+    let limit = demand.max_position;
+    let len = config.max_model_len.map_or(limit, |len| len.get());
+    for (flag, wanted) in [("max-model-len", len), ("block-size", config.block_size.get())] {
+        if wanted > limit {
+            return Err(PlanError::TooLong { flag, wanted, limit });
+        }
+    }
+    Ok(len)
 }
 
 /// Bytes for the KV blocks, the null block included.
@@ -171,10 +185,11 @@ fn kv_bytes(
             return Ok(all.min(DEFAULT_KV_BYTES).min(machine.free / 100 * DEFAULT_SHARE_PERCENT));
         }
     };
-    limit
-        .checked_sub(fixed)
-        .filter(|&left| left > 0)
-        .ok_or(PlanError::NoRoomForWeights { needed: fixed, limit })
+    limit.checked_sub(fixed).filter(|&left| left > 0).ok_or(PlanError::NoRoomForWeights {
+        parts: "weights, workspace and process",
+        needed: fixed,
+        limit,
+    })
 }
 
 fn share_of(total: u64, share: f64) -> u64 {
@@ -298,3 +313,6 @@ impl std::fmt::Display for MemoryPlan {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

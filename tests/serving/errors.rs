@@ -77,6 +77,8 @@ fn bad_completions() -> Vec<(Value, u16, &'static str)> {
             .map(|(field, value)| (with(field, value), 400, "unsupported_parameter")),
     );
     table.extend(bad_combinations().into_iter().map(|body| (body, 400, "invalid_value")));
+    let biases: serde_json::Map<_, _> = (0..1025).map(|id| (id.to_string(), json!(1))).collect();
+    table.push((with("logit_bias", biases.into()), 400, "invalid_value"));
     table.push((with("model", json!("other")), 404, "model_not_found"));
     table.push((with("max_tokens", json!(100_000)), 400, "context_length_exceeded"));
     table.push((with("prompt", json!("word ".repeat(3000))), 400, "context_length_exceeded"));

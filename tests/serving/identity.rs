@@ -1,6 +1,6 @@
 //! The same text whatever the pool, the cache, the chunks and the company: on the real model, quantized weights included.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use futures_util::future::try_join_all;
 use harness::Server;
 use serde_json::{Value, json};
@@ -13,15 +13,31 @@ const TOPICS: [&str; 8] =
 fn chat(user: usize) -> Value {
     let content =
         format!("Write one sentence about {} for reader {user}.", TOPICS[user % TOPICS.len()]);
-    json!({"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 24, "temperature": 0, "ignore_eos": true})
+    json!({"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 24, "temperature": 0, "ignore_eos": true,
+        "stream_options": {"include_usage": true}, "include_preemptions": true})
 }
 
-async fn chats(server: &Server, users: usize) -> Result<Vec<String>> {
+/// What a user was told.
+#[derive(Debug, PartialEq)]
+struct Told {
+    text: String,
+    preemptions: u64,
+}
+
+fn preemptions(told: &[Told]) -> u64 {
+    told.iter().map(|told| told.preemptions).sum()
+}
+
+fn texts(told: &[Told]) -> Vec<&str> {
+    told.iter().map(|told| told.text.as_str()).collect()
+}
+
+async fn chats(server: &Server, users: usize) -> Result<Vec<Told>> {
     let one = |user| async move {
-        Ok::<_, anyhow::Error>(streamed(
-            &server.stream("/v1/chat/completions", chat(user)).await?,
-            0,
-        ))
+        let chunks = server.stream("/v1/chat/completions", chat(user)).await?;
+        let usage = &chunks.last().context("a chunk")?["usage"];
+        let preemptions = usage["preemptions"]["count"].as_u64().context(usage.to_string())?;
+        Ok::<_, anyhow::Error>(Told { text: streamed(&chunks, 0), preemptions })
     };
     try_join_all((0..users).map(one)).await
 }
@@ -35,22 +51,26 @@ async fn sixty_four_streaming_chats_under_preemption_say_what_they_say_without()
     };
     let large = Server::start(&model, &["--max-model-len", "256"]).await?;
     let wanted = chats(&large, 64).await?;
-    ensure!(
-        large.metric("vllm:num_preemptions_total", "").await? == 0.0,
-        "the large pool preempts"
-    );
+    assert_eq!(counted_preemptions(&large, &wanted).await?, 0.0, "the large pool preempts");
     drop(large);
-    let small =
-        ["--max-model-len", "256", "--num-gpu-blocks-override", "40", "--no-enable-prefix-caching"];
-    let small = Server::start(&model, &small).await?;
-    let got = chats(&small, 64).await?;
-    ensure!(
-        small.metric("vllm:num_preemptions_total", "").await? > 0.0,
-        "the small pool never preempts"
-    );
-    assert_eq!(got, wanted);
-    small.wait_metric("bindery_blocks", "used", 0.0).await?;
+    for caching in ["--no-enable-prefix-caching", "--enable-prefix-caching"] {
+        let small = ["--max-model-len", "256", "--num-gpu-blocks-override", "40", caching];
+        let small = Server::start(&model, &small).await?;
+        let got = chats(&small, 64).await?;
+        ensure!(counted_preemptions(&small, &got).await? > 0.0, "{caching}: never preempts");
+        assert_eq!(texts(&got), texts(&wanted), "{caching}");
+        small.wait_metric("bindery_blocks", "used", 0.0).await?;
+    }
+    let alone = Server::start(&model, &["--max-model-len", "256", "--max-num-seqs", "1"]).await?;
+    assert_eq!(texts(&chats(&alone, 7).await?), texts(&wanted[..7]), "alone");
     Ok(())
+}
+
+/// Preemptions by the metric, of which every client was told its own.
+async fn counted_preemptions(server: &Server, told: &[Told]) -> Result<f64> {
+    let counted = server.metric("vllm:num_preemptions_total", "").await?;
+    assert_eq!(format!("{counted}"), preemptions(told).to_string(), "what clients were told");
+    Ok(counted)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,7 +85,7 @@ async fn chunks_caching_block_size_and_company_change_no_text() -> Result<()> {
         &["--max-num-seqs", "16", "--no-enable-prefix-caching"],
         &["--max-num-seqs", "16", "--block-size", "7"],
     ];
-    let mut wanted: Option<Vec<String>> = None;
+    let mut wanted: Option<Vec<Told>> = None;
     for flags in variants {
         let server = Server::start(&model, &[flags, &["--max-model-len", "256"]].concat()).await?;
         let mut got = chats(&server, 6).await?;
@@ -95,7 +115,8 @@ async fn the_next_turn_of_a_chat_finds_its_history_cached_and_keys_share_nothing
             Ok::<Value, anyhow::Error>(answer.json().await?)
         }
     };
-    let first = chat(0);
+    let mut first = chat(0);
+    first["stream_options"] = Value::Null;
     let answer = ask("one", first.clone()).await?;
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
     let prompt = answer["usage"]["prompt_tokens"].as_u64().unwrap_or_default();
@@ -112,6 +133,23 @@ async fn the_next_turn_of_a_chat_finds_its_history_cached_and_keys_share_nothing
     );
     let other = ask("two", second).await?;
     assert_eq!(other["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "another key");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_share_a_cache_whose_scope_is_all() -> Result<()> {
+    let Some(model) = model("keys_share_a_cache_whose_scope_is_all") else { return Ok(()) };
+    let flags = "--max-model-len 128 --api-key one --api-key two --prefix-cache-scope all";
+    let server = Server::start(&model, &flags.split(' ').collect::<Vec<_>>()).await?;
+    let mut cached = Vec::new();
+    for key in ["one", "two"] {
+        let url = format!("{}/v1/completions", server.url);
+        let body = completion("word ".repeat(40), 1);
+        let answer = reqwest::Client::new().post(url).bearer_auth(key).json(&body).send().await?;
+        let answer: Value = answer.json().await?;
+        cached.push(answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64());
+    }
+    ensure!(cached[0] == Some(0) && cached[1] >= Some(32), "{cached:?}");
     Ok(())
 }
 

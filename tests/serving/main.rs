@@ -2,9 +2,12 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod departures;
 mod errors;
+mod fields;
 mod identity;
 mod lifecycle;
+mod sources;
 
 use std::path::PathBuf;
 

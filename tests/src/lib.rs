@@ -33,13 +33,25 @@ pub fn binary() -> Result<PathBuf> {
 
 /// SmolLM2-135M-Instruct, or `None` and a loud line where it was not fetched.
 pub fn model(test: &str) -> Option<PathBuf> {
+    fetched(test, "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+}
+
+/// The same model as a folder in Hugging Face layout, or `None` and a loud line where it was not made.
+pub fn model_folder(test: &str) -> Option<PathBuf> {
+    fetched(test, "smollm2-safetensors")
+}
+
+/// The same model as two files, of which this is the first, or `None` and a loud line where they were not made.
+pub fn split_model(test: &str) -> Option<PathBuf> {
+    fetched(test, "smollm2-split/model-00001-of-00002.gguf")
+}
+
+fn fetched(test: &str, name: &str) -> Option<PathBuf> {
     let folder = std::env::var_os("BINDERY_TEST_MODEL_DIR").filter(|folder| !folder.is_empty());
-    let model = folder.map(|folder| PathBuf::from(folder).join("SmolLM2-135M-Instruct.Q4_1.gguf"));
+    let model = folder.map(|folder| PathBuf::from(folder).join(name));
     let found = model.filter(|model| model.exists());
     if found.is_none() {
-        eprintln!(
-            "NOT RUN: {test}, BINDERY_TEST_MODEL_DIR names no folder with SmolLM2-135M-Instruct.Q4_1.gguf"
-        );
+        eprintln!("NOT RUN: {test}, BINDERY_TEST_MODEL_DIR names no folder with {name}");
     }
     found
 }
@@ -58,7 +70,15 @@ impl Server {
     /// # Errors
     /// When it ends or is not ready in time, with its log.
     pub async fn start(model: &std::path::Path, flags: &[&str]) -> Result<Self> {
-        let mut server = Self::spawn(model, flags)?;
+        Self::spawn(model, flags, &[])?.ready().await
+    }
+
+    /// Waits until it listens on a port and is ready.
+    ///
+    /// # Errors
+    /// When it ends or is not ready in time, with its log.
+    pub async fn ready(self) -> Result<Self> {
+        let mut server = self;
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Some(status) = server.child.try_wait()? {
@@ -73,13 +93,22 @@ impl Server {
         bail!("not ready in {PATIENCE:?}:\n{}", server.log())
     }
 
-    fn spawn(model: &std::path::Path, flags: &[&str]) -> Result<Self> {
+    /// Starts `bindery serve` with `flags` and `variables`, and waits for nothing.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(
+        model: &std::path::Path,
+        flags: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Result<Self> {
         let mut child = Command::new(binary()?)
             .arg("serve")
             .arg(model)
             .args(["--served-model-name", "tiny", "--port", "0", "--log-level", "info"])
             .args(flags)
             .env("NO_COLOR", "1")
+            .envs(variables.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
             .context("start bindery")?;
@@ -94,6 +123,26 @@ impl Server {
             }
         });
         Ok(Self { child, url: String::new(), log })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until its log contains `words`.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub async fn wait_log(&self, words: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if self.log().contains(words) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bail!("{words:?} is not in the log after {PATIENCE:?}:\n{}", self.log())
     }
 
     /// What it has logged.

@@ -449,3 +449,6 @@ fn ggml_dtype(dtype: Dtype) -> GgmlDType {
         Dtype::Q6K => GgmlDType::Q6K,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -76,12 +76,7 @@ impl Opened {
             ModelFiles::Folder(folder) => Headers::of_folder(folder, format)?,
         };
         let Headers { config, source, layout, tokenizer } = headers;
-        let dtype = match (layout, dtype) {
-            (Layout::Gguf, _) | (_, WeightDtype::Auto) => None,
-            (Layout::Safetensors, WeightDtype::F32) => Some(Dtype::F32),
-            (Layout::Safetensors, WeightDtype::F16) => Some(Dtype::F16),
-            (Layout::Safetensors, WeightDtype::BF16) => Some(Dtype::BF16),
-        };
+        let dtype = packed_dtype(layout, dtype);
         let wanted = wanted(&config, layout);
         let mut check = Check::new(&source, dtype);
         wanted.read(&mut check)?;
@@ -128,6 +123,27 @@ impl Opened {
         reader: impl FnOnce(&'a Source) -> R,
     ) -> Result<Weights<R::Matrix, R::Vector>, ModelError> {
         self.wanted.read(&mut reader(&self.source))
+    }
+}
+
+/// The dtype that unquantized matrices are packed in; `None` keeps the file's.
+fn packed_dtype(layout: Layout, wanted: WeightDtype) -> Option<Dtype> {
+    let dtype = match wanted {
+        WeightDtype::Auto => return None,
+        WeightDtype::F32 => Dtype::F32,
+        WeightDtype::F16 => Dtype::F16,
+        WeightDtype::BF16 => Dtype::BF16,
+    };
+    match layout {
+        Layout::Safetensors => Some(dtype),
+        Layout::Gguf => {
+            let wanted = dtype.name();
+            tracing::warn!(
+                wanted,
+                "dtype has no effect on a GGUF, whose matrices keep the dtypes of the file"
+            );
+            None
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use super::error::ModelError;
 
 pub(crate) use dummy::Dummy;
 pub(crate) use packed::{Check, Packer, Source, floats};
-pub(crate) use stored::{Catalogue, Stored, StoredDtype, map};
+pub(crate) use stored::{Catalogue, Stored, StoredDtype, map, safetensors};
 pub(crate) use wanted::{Layout, RowOrder, VectorKind, WantedMatrix, WantedVector, wanted};
 
 /// One linear map: `[rows, cols]` and, in some models, a bias `[rows]`.

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use kernels::cpu::Dtype;
 use kernels::mapping::Mapping;
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorInfo;
+use safetensors::{SafeTensorError, SafeTensors};
 
 use super::gguf::{GgmlType, Gguf};
 use crate::model::error::ModelError;
@@ -78,25 +79,38 @@ impl Catalogue {
     fn add_safetensors(&mut self, path: &Path) -> Result<(), ModelError> {
         let mapping = map(path)?;
         let wrong = |source| ModelError::Safetensors { path: path.to_owned(), source };
-        let (header, metadata) = SafeTensors::read_metadata(mapping.bytes()).map_err(wrong)?;
-        // The data begins after the header's length, 8 bytes, and the header itself.
-        let data = header.checked_add(8).ok_or(ModelError::TooLarge)?;
-        for (name, info) in metadata.tensors() {
-            let (start, end) = info.data_offsets;
-            let (start, end) = (start.checked_add(data), end.checked_add(data));
-            let range = match (start, end) {
-                (Some(start), Some(end)) if start <= end && end <= mapping.len() => start..end,
-                _ => return Err(wrong(safetensors::SafeTensorError::InvalidOffset(name))),
-            };
-            let dtype = StoredDtype::of_safetensors(info.dtype);
-            let stored = Stored { shape: info.shape.clone(), dtype, file: self.files.len(), range };
-            if self.tensors.insert(name.clone(), stored).is_some() {
-                return Err(wrong(safetensors::SafeTensorError::InvalidOffset(name)));
+        for (name, stored) in safetensors(mapping.bytes(), self.files.len()).map_err(wrong)? {
+            if self.tensors.contains_key(&name) {
+                return Err(wrong(SafeTensorError::InvalidOffset(name)));
             }
+            self.tensors.insert(name, stored);
         }
         self.files.push(mapping);
         Ok(())
     }
+}
+
+/// Lists the tensors of one safetensors file, the one of index `file`, by its bytes.
+///
+/// # Errors
+/// When the header is wrong, or a tensor lies outside the bytes.
+pub(crate) fn safetensors(
+    bytes: &[u8],
+    file: usize,
+) -> Result<BTreeMap<String, Stored>, SafeTensorError> {
+    let (header, metadata) = SafeTensors::read_metadata(bytes)?;
+    // The data begins after the header's length, 8 bytes, and the header itself.
+    let data = header.checked_add(8).ok_or(SafeTensorError::InvalidHeaderLength)?;
+    let stored = |(name, info): (String, &TensorInfo)| {
+        let (start, end) = info.data_offsets;
+        let range = match (start.checked_add(data), end.checked_add(data)) {
+            (Some(start), Some(end)) if start <= end && end <= bytes.len() => start..end,
+            _ => return Err(SafeTensorError::InvalidOffset(name)),
+        };
+        let dtype = StoredDtype::of_safetensors(info.dtype);
+        Ok((name, Stored { shape: info.shape.clone(), dtype, file, range }))
+    };
+    metadata.tensors().into_iter().map(stored).collect()
 }
 
 /// Maps a file of a model.

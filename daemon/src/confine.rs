@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus,
+    RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
@@ -27,7 +27,9 @@ pub enum Missing {
         "Landlock is not enabled in this kernel: the engine can open every file that its user can"
     )]
     Landlock,
-    #[error("Landlock is older than wanted in this kernel: some file operations are not refused")]
+    #[error(
+        "Landlock is older than wanted in this kernel: some file operations or signals to others are not refused"
+    )]
     LandlockPart,
     #[error("seccomp is not available: the engine can open sockets ({0})")]
     Seccomp(String),
@@ -46,19 +48,21 @@ pub enum ConfineError {
     Landlock(#[from] landlock::RulesetError),
 }
 
-/// Leaves this thread, and every thread and process that it starts, only `files`. Takes new privileges away too.
+/// Leaves this thread, and every thread and process that it starts, only `files`, and signals among themselves. Takes new
+/// privileges away too.
 /// Call it before any other thread exists.
 ///
 /// # Errors
 /// When a path of `files` cannot be opened or the kernel refuses the rules.
 pub fn confine_files(files: &Files) -> Result<Option<Missing>, ConfineError> {
-    // Up to devices' ioctl; what the kernel does not know is reported by the status below.
-    let abi = ABI::V5;
+    // Up to signals; what the kernel does not know is reported by the status below.
+    let abi = ABI::V6;
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let write = AccessFs::from_all(abi) & !AccessFs::Execute;
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(abi))?
+        .scope(Scope::from_all(abi))?
         .create()?;
     for (paths, access) in [(&files.read, read), (&files.write, write)] {
         for path in paths {
@@ -190,6 +194,11 @@ mod tests {
         assert!(std::fs::read(other.join("file")).is_err());
         assert!(std::fs::write(model.join("file"), "y").is_err());
         assert!(std::fs::write(other.join("new"), "y").is_err());
+        let parent = rustix::process::getppid().unwrap();
+        let asked = rustix::process::test_kill_process(parent);
+        if missing.is_none() {
+            assert!(asked.is_err(), "a process outside can be signalled");
+        }
         assert!(
             std::thread::spawn(move || std::fs::read(other.join("file"))).join().unwrap().is_err()
         );

@@ -373,11 +373,16 @@ impl Namespace<'_> {
     }
 }
 
+/// A rollout that lets every answer of a busy machine come to its end.
+pub(crate) fn patient() -> Value {
+    json!({"drainSeconds": 120})
+}
+
 /// An InferenceModel of the small model on 1 GiB, with `spec` over it.
 pub(crate) fn model(name: &str, spec: &Value) -> Value {
     let mut whole = json!({
         "source": {"uri": SMALL}, "device": "cpu", "memory": "1Gi", "engine": {"maxModelLen": 2048},
-        "rollout": {"drainSeconds": 120},
+        "rollout": {"drainSeconds": 10},
     });
     for (key, value) in spec.as_object().into_iter().flatten() {
         whole[key] = value.clone();

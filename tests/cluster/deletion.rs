@@ -16,7 +16,7 @@ fn a_namespace_with_models_is_deleted(cluster: &Cluster) -> Result<()> {
     space.model("one", &json!({}))?;
     space.model("two", &json!({"source": {"uri": "file://absent.gguf"}}))?;
     space.wait_until_ready("one")?;
-    // Kubernetes deletes a namespace's Pods first and looks again after half their grace period: 68 s for ours of 135 s.
+    // Kubernetes deletes a namespace's Pods first and looks again after half their grace period.
     cluster.kubectl(&["delete", "namespace", "dropped", "--timeout=150s"])?;
     cluster.wait_until_empty()
 }
@@ -38,18 +38,25 @@ fn the_chart_first(cluster: &Cluster) -> Result<()> {
     space.wait_until_ready("m")?;
     space.chat("m", "Hello")?;
 
-    cluster.helm(&["-n", SYSTEM, "uninstall", "bindery", "--wait", "--timeout", "60s"])?;
-    space.kubectl(&["delete", "imodel", "m", "--timeout=30s"])?;
+    // The definition before the chart, with a model that serves: it goes, and all that was of it.
     cluster.kubectl(&["delete", "crd", "inferencemodels.bindery.dev", "--timeout=30s"])?;
     cluster.wait_until("no child is left", || {
         Ok(space.kubectl(&["get", "all,pdb,networkpolicy", "-o", "name"])?.trim().is_empty())
     })?;
-    install(cluster, &values)?;
     cluster.wait_until_empty()?;
-    for node in ["node1", "node2"] {
-        let grants = cluster.state.join("vm").join(node).join("var/lib/bindery/grants");
-        let left = std::fs::read_dir(&grants).map_or(0, Iterator::count);
-        ensure!(left == 0, "{left} grants are left on {node}");
+    nothing_is_left(cluster)?;
+    cluster.helm(&["-n", SYSTEM, "uninstall", "bindery", "--wait", "--timeout", "60s"])?;
+    install(cluster, &values)
+}
+
+/// Neither records nor sockets of grants.
+fn nothing_is_left(cluster: &Cluster) -> Result<()> {
+    for (node, folder) in
+        ["node1", "node2"].into_iter().flat_map(|node| [(node, "grants"), (node, "sockets")])
+    {
+        let path = cluster.state.join("vm").join(node).join("var/lib/bindery").join(folder);
+        let left = std::fs::read_dir(&path).map_or(0, Iterator::count);
+        ensure!(left == 0, "{left} {folder} are left on {node}");
     }
     Ok(())
 }

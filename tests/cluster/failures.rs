@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::Test;
-use crate::cluster::{AGENT, Cluster, ENGINE, Namespace, REPLICA, SYSTEM};
+use crate::cluster::{AGENT, Cluster, ENGINE, Namespace, REPLICA, SYSTEM, patient};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -95,7 +95,7 @@ fn an_engine_that_eats_memory(cluster: &Cluster) -> Result<()> {
         let engines = cluster.processes("node1", ENGINE)?;
         let serves_one = |pid: &i32| {
             let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&words).contains("--served-model-name\0one\0")
+            String::from_utf8_lossy(&words).contains("--served-model-name=one\0")
         };
         let hungry = engines.iter().copied().find(serves_one).context("no engine of one")?;
         crate::eater::eat(hungry, 2 << 30)?;
@@ -142,7 +142,7 @@ fn an_agent_is_killed(cluster: &Cluster) -> Result<()> {
 fn an_agent_restarts_in_order(cluster: &Cluster) -> Result<()> {
     cluster.wait_until_empty()?;
     let space = cluster.namespace("ordered")?;
-    space.model("m", &json!({"replicas": 2}))?;
+    space.model("m", &json!({"replicas": 2, "rollout": patient()}))?;
     space.wait_until_ready("m")?;
     let load = Load::start(&space, "m", 16, 16)?;
     std::thread::sleep(Duration::from_secs(1));

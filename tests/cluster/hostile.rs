@@ -164,19 +164,41 @@ fn models_that_cannot_work(cluster: &Cluster) -> Result<()> {
     // One that works sees nothing of it.
     space.model("well", &json!({}))?;
     space.wait_until_ready("well")?;
-    for (name, spec, reason, word) in WRONG {
-        space.model(name, &serde_json::from_str(spec)?)?;
-        said(&space, name, reason, word)?;
+    // As many at once as the nodes have room for.
+    for some in WRONG.chunks(5) {
+        for (name, spec, ..) in some {
+            space.model(name, &serde_json::from_str(spec)?)?;
+        }
+        for (name, _, reason, word) in some {
+            said(&space, name, reason, word)?;
+            stalled(&space, name, reason)?;
+        }
         space.chat("well", "Hello")?;
         // Healed by a correct edit, where the model itself can be.
-        if ["garbage", "long"].contains(name) {
+        let healed = some.iter().filter(|(name, ..)| HEALED.contains(name));
+        for (name, ..) in healed.clone() {
             space.model(name, &json!({}))?;
+        }
+        for (name, ..) in healed {
             space.wait_until_ready(name)?;
         }
-        space.kubectl(&["delete", "imodel", name])?;
+        let names = some.iter().map(|(name, ..)| *name);
+        space.kubectl(&["delete", "imodel"].into_iter().chain(names).collect::<Vec<_>>())?;
     }
     Ok(())
 }
+
+/// What does not pass by itself is also a condition of its own.
+fn stalled(space: &Namespace, name: &str, reason: &str) -> Result<()> {
+    let passes = ["SourceUnreachable", "Progressing", "InsufficientMemory"].contains(&reason);
+    let found = space.condition(name, "Stalled")?;
+    let is_stalled = found.as_ref().is_some_and(|found| found.status == "True");
+    ensure!(passes || is_stalled, "{name} is {reason} and not Stalled: {found:?}");
+    Ok(())
+}
+
+/// Of [`WRONG`], those that are edited to what works.
+const HEALED: &[&str] = &["garbage", "long", "absent", "small", "checksum"];
 
 fn said(space: &Namespace, name: &str, reason: &str, word: &str) -> Result<()> {
     let mut seen = None;
@@ -189,6 +211,7 @@ fn said(space: &Namespace, name: &str, reason: &str, word: &str) -> Result<()> {
 
 /// The figures of the process's own status.
 fn engines_are_confined(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
     let space = cluster.namespace("confined")?;
     space.model(
         "m",
@@ -211,7 +234,62 @@ fn engines_are_confined(cluster: &Cluster) -> Result<()> {
     ensure!(score > own, "the engine's {score} is not above the agent's {own}");
     let command = std::fs::read_to_string(format!("/proc/{engine}/environ"))?;
     ensure!(command.trim_matches('\0').is_empty(), "an engine needs no environment: {command:?}");
-    Ok(())
+    let log = space.kubectl(&["logs", "-l", "bindery.dev/model=m", "--tail=-1"])?;
+    ensure!(!log.contains("a protection is missing"), "{log}");
+    #[cfg(target_arch = "x86_64")]
+    from_inside(cluster, &space, engine)?;
+    space.chat("m", "Hello").map(drop)
+}
+
+/// Reaches for what is another's, as an engine that was taken over would.
+#[cfg(target_arch = "x86_64")]
+fn from_inside(cluster: &Cluster, space: &Namespace, engine: i32) -> Result<()> {
+    use crate::eater::{Call, call};
+    use nix::libc::{AF_INET, AF_UNIX, EACCES, EPERM, SOCK_DGRAM, SOCK_STREAM};
+    use nix::libc::{SYS_connect, SYS_kill, SYS_openat, SYS_socket};
+
+    space.model(
+        "other",
+        &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}),
+    )?;
+    space.wait_until_ready("other")?;
+    let sockets = cluster.state.join("vm/node1/var/lib/bindery/sockets");
+    let grants = std::fs::read_dir(sockets)?.flatten().map(|entry| entry.file_name());
+    let words = std::fs::read_to_string(format!("/proc/{engine}/cmdline"))?;
+    let other =
+        grants.filter_map(|name| name.into_string().ok()).find(|name| !words.contains(name));
+    let other = format!("/var/lib/bindery/sockets/{}", other.context("one grant alone")?);
+    let files = [
+        (other.clone(), 0),
+        (format!("{other}/claim.sock"), 0),
+        (format!("{other}/engine/new"), nix::libc::O_CREAT | nix::libc::O_WRONLY),
+        ("/var/lib/bindery/grants".to_owned(), 0),
+        ("/var/lib/kubelet/device-plugins".to_owned(), 0),
+        ("/var/lib/bindery-models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned(), 0),
+        ("/etc/passwd".to_owned(), 0),
+        ("/usr/bin/bindery".to_owned(), nix::libc::O_WRONLY),
+    ];
+    for (path, flags) in files {
+        let open = |address| Call {
+            number: SYS_openat,
+            arguments: [nix::libc::AT_FDCWD as u64, address, flags as u64, 0o600, 0, 0],
+        };
+        let result = call(engine, &path, open)?;
+        ensure!(result == Some(i64::from(-EACCES)), "open {path}: {result:?}");
+    }
+    let socket = |family, kind| {
+        move |_| Call { number: SYS_socket, arguments: [family as u64, kind as u64, 0, 0, 0, 0] }
+    };
+    for (family, kind) in [(AF_INET, SOCK_STREAM), (AF_INET, SOCK_DGRAM), (AF_UNIX, SOCK_STREAM)] {
+        let result = call(engine, "", socket(family, kind))?;
+        ensure!(result == Some(i64::from(-EPERM)), "socket {family} {kind}: {result:?}");
+    }
+    let connect = |_| Call { number: SYS_connect, arguments: [0; 6] };
+    ensure!(call(engine, "", connect)? == Some(i64::from(-EPERM)), "an engine may connect");
+    // Its agent is process 1 of its container. Signal 0 asks whether one may.
+    let signal = |_| Call { number: SYS_kill, arguments: [1, 0, 0, 0, 0, 0] };
+    ensure!(call(engine, "", signal)? == Some(i64::from(-EPERM)), "an engine may signal its agent");
+    space.kubectl(&["delete", "imodel", "other"]).map(drop)
 }
 
 /// The folder of the only grant of a node, by a way that is short enough for a socket's name.

@@ -5,19 +5,24 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::Test;
-use crate::cluster::{Cluster, SYSTEM};
+use crate::cluster::{Cluster, Namespace, PATIENCE, SYSTEM};
 
 pub(crate) const TESTS: &[Test] =
     &[("an_operator_killed_after_any_of_its_writes_does_no_harm", killed_after_any_write)];
 
-/// Writes of one model's way to Ready are fewer.
+/// Writes for one model are fewer.
 const MOST_WRITES: usize = 40;
+/// An operator that has said how the model is and writes no more for this long has written all.
+const QUIET: Duration = Duration::from_secs(2);
 /// Of `kubectl proxy` and of the proxy before it.
 const PLAIN: u16 = 18_200;
 const COUNTED: u16 = 18_201;
@@ -62,36 +67,35 @@ fn each_write(cluster: &Cluster) -> Result<()> {
             .stderr(Stdio::null())
             .spawn()?,
     );
-    let writes = Arc::new(AtomicUsize::new(0));
+    let trap = Arc::new(Trap::default());
     let listener = TcpListener::bind(("127.0.0.1", COUNTED))?;
     std::thread::spawn({
-        let writes = Arc::clone(&writes);
-        move || count(&listener, &writes)
+        let trap = Arc::clone(&trap);
+        move || guard(&listener, &trap)
     });
     let folder = tempfile::tempdir()?;
     let config = folder.path().join("config");
     std::fs::write(&config, kubeconfig())?;
     for k in 1..=MOST_WRITES {
         let name = format!("m{k}");
-        writes.store(0, Ordering::SeqCst);
-        space.model(&name, &json!({}))?;
+        // Without replicas: what an operator writes is the same, but for later status.
+        space.model(&name, &json!({"replicas": 0}))?;
+        trap.writes.store(0, Ordering::SeqCst);
+        trap.last.store(k, Ordering::SeqCst);
         let mut operator = start(&config)?;
-        let reached = cluster.wait("the k-th write, or Ready", crate::cluster::PATIENCE, || {
-            let ready =
-                space.condition(&name, "Ready")?.is_some_and(|found| found.status == "True");
-            let reached = writes.load(Ordering::SeqCst) >= k;
-            Ok((reached || ready).then_some(reached))
-        })?;
-        operator.0.kill()?;
-        operator.0.wait()?;
+        trap.operator.store(i32::try_from(operator.0.id())?, Ordering::SeqCst);
+        let killed = is_killed(&space, &name, &mut operator)?;
+        trap.last.store(0, Ordering::SeqCst);
+        drop(operator);
         let _next = start(&config)?;
-        space.wait_until_ready(&name).with_context(|| format!("killed after write {k}"))?;
+        let whole = space.wait_for_reason(&name, "ScaledToZero");
+        whole.with_context(|| format!("killed after write {k}"))?;
         let children =
             space.kubectl(&["get", "deployment,service,pdb,networkpolicy", "-o", "name"])?;
         let ours = children.lines().filter(|line| line.ends_with(&format!("/{name}")));
         ensure!(ours.count() == 4, "killed after write {k}: {children}");
         space.kubectl(&["delete", "imodel", &name, "--wait=false"])?;
-        if !reached {
+        if !killed {
             eprintln!("  killed after each of {} writes", k - 1);
             ensure!(k > 5, "only {k} writes were seen");
             return Ok(());
@@ -128,39 +132,87 @@ fn kubeconfig() -> String {
     .to_string()
 }
 
-/// Passes connections on and counts the requests that write, the lease's and the events' included.
-fn count(listener: &TcpListener, writes: &Arc<AtomicUsize>) {
+/// Whether the trap has ended the operator; `false` once it has written all that it wants.
+fn is_killed(space: &Namespace, name: &str, operator: &mut Process) -> Result<bool> {
+    let mut said = None;
+    space.cluster.wait("the k-th write, or no more", PATIENCE, || {
+        if operator.0.try_wait()?.is_some() {
+            return Ok(Some(true));
+        }
+        let is_told =
+            space.condition(name, "Ready")?.is_some_and(|found| found.reason == "ScaledToZero");
+        let since = is_told.then(|| *said.get_or_insert_with(Instant::now));
+        Ok(since.is_some_and(|since| since.elapsed() > QUIET).then_some(false))
+    })
+}
+
+/// Ends the operator as soon as the API server has answered its write number `last`, before it learns so.
+#[derive(Debug, Default)]
+struct Trap {
+    writes: AtomicUsize,
+    last: AtomicUsize,
+    operator: AtomicI32,
+}
+
+impl Trap {
+    /// Whether these bytes begin the last write. What keeps the lease and tells people is not counted.
+    fn is_last(&self, bytes: &[u8]) -> bool {
+        // A client sends the head of a request in one piece, after the answer to the one before.
+        let line = bytes.split(|byte| *byte == b'\r').next().unwrap_or_default();
+        let line = String::from_utf8_lossy(line);
+        let is_write =
+            ["PATCH ", "POST ", "PUT ", "DELETE "].iter().any(|method| line.starts_with(method));
+        let is_counted = is_write && !line.contains("/leases") && !line.contains("/events");
+        is_counted
+            && self.writes.fetch_add(1, Ordering::SeqCst) + 1 == self.last.load(Ordering::SeqCst)
+    }
+
+    fn spring(&self) {
+        let operator = Pid::from_raw(self.operator.load(Ordering::SeqCst));
+        // It cannot have ended by itself, and is reaped by the test alone.
+        operator.map(|operator| kill_process(operator, Signal::KILL).ok());
+    }
+}
+
+/// Passes connections on until the trap springs.
+fn guard(listener: &TcpListener, trap: &Arc<Trap>) {
     for client in listener.incoming().flatten() {
-        let writes = Arc::clone(writes);
+        let trap = Arc::clone(trap);
         std::thread::spawn(move || -> std::io::Result<()> {
             let server = TcpStream::connect(("127.0.0.1", PLAIN))?;
             let (from, to) = (server.try_clone()?, client.try_clone()?);
-            std::thread::spawn(move || pass(from, to, |_| ()));
-            pass(client, server, |bytes| {
-                // A client sends the head of a request in one piece, after the answer to the one before.
-                let is_write = ["PATCH ", "POST ", "PUT ", "DELETE "]
-                    .iter()
-                    .any(|method| bytes.starts_with(method.as_bytes()));
-                if is_write {
-                    writes.fetch_add(1, Ordering::SeqCst);
+            let sprung = Arc::new(AtomicBool::new(false));
+            std::thread::spawn({
+                let (trap, sprung) = (Arc::clone(&trap), Arc::clone(&sprung));
+                move || {
+                    pass(from, to, |_| {
+                        let is_answer = sprung.load(Ordering::SeqCst);
+                        is_answer.then(|| trap.spring()).is_none()
+                    })
                 }
+            });
+            pass(client, server, |bytes| {
+                if trap.is_last(bytes) {
+                    sprung.store(true, Ordering::SeqCst);
+                }
+                true
             })
         });
     }
 }
 
+/// Passes bytes on for as long as `may_pass`.
 fn pass(
     mut from: TcpStream,
     mut to: TcpStream,
-    mut look: impl FnMut(&[u8]),
+    mut may_pass: impl FnMut(&[u8]) -> bool,
 ) -> std::io::Result<()> {
     let mut piece = vec![0; 64 << 10];
     loop {
         let n_bytes = from.read(&mut piece)?;
-        if n_bytes == 0 {
+        if n_bytes == 0 || !may_pass(&piece[..n_bytes]) {
             return to.shutdown(std::net::Shutdown::Both);
         }
         to.write_all(&piece[..n_bytes])?;
-        look(&piece[..n_bytes]);
     }
 }

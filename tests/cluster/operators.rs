@@ -6,17 +6,23 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use rustix::process::Signal;
+
 use crate::Test;
 use crate::cluster::{Cluster, Namespace, SYSTEM};
 
 pub(crate) const TESTS: &[Test] = &[
     ("one_operator_leads_and_another_takes_over", one_leads_and_another_takes_over),
+    ("an_operator_that_was_stopped_writes_nothing_when_it_goes_on", a_stopped_one_writes_nothing),
     ("nothing_is_written_in_a_steady_state", nothing_is_written_in_a_steady_state),
     ("the_chart_is_what_the_api_server_takes", the_chart_is_what_the_api_server_takes),
     ("the_operator_may_do_what_the_readme_lists_and_no_more", the_operator_may_do_no_more),
     ("people_have_their_usual_roles", people_have_their_usual_roles),
     ("of_a_list_of_namespaces_each_is_served_and_no_other", of_a_list_of_namespaces),
 ];
+
+/// How the command line of an operator begins.
+const OPERATOR: &str = "/usr/bin/bindery-operator ";
 
 /// The Pod that holds the lease.
 pub(crate) fn leader(cluster: &Cluster) -> Result<String> {
@@ -38,6 +44,36 @@ fn one_leads_and_another_takes_over(cluster: &Cluster) -> Result<()> {
     let space = cluster.namespace("taken")?;
     space.model("m", &json!({}))?;
     space.wait_until_ready("m")
+}
+
+/// A leader that does not know that its lease has run out.
+fn a_stopped_one_writes_nothing(cluster: &Cluster) -> Result<()> {
+    let first = cluster.wait("a leader", crate::cluster::PATIENCE, || leader(cluster).map(Some))?;
+    let pod = cluster.get(&["-n", SYSTEM, "pod", &first])?;
+    let node = pod["spec"]["nodeName"].as_str().context("it is on no node")?;
+    let pids = cluster.processes(node, OPERATOR)?;
+    let is_of_pod = |pid: &&i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        String::from_utf8_lossy(&environment).contains(&first)
+    };
+    let pid = *pids.iter().find(is_of_pod).context("no process of the leader")?;
+    signal(pid, Signal::STOP)?;
+    let start = std::time::Instant::now();
+    let taken = cluster.wait_until("another leads", || Ok(leader(cluster)? != first));
+    let other = leader(cluster);
+    signal(pid, Signal::CONT)?;
+    taken?;
+    ensure!(start.elapsed() < Duration::from_secs(30), "it took {:?}", start.elapsed());
+    cluster.wait_until("the first one has noticed and ended", || {
+        Ok(std::fs::metadata(format!("/proc/{pid}")).is_err())
+    })?;
+    ensure!(leader(cluster)? == other?, "the lease went back");
+    Ok(())
+}
+
+fn signal(pid: i32, signal: Signal) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("pid 0")?;
+    Ok(rustix::process::kill_process(pid, signal)?)
 }
 
 /// Writes of a model and its children that the API server has answered, those that change nothing included. What the

@@ -1,12 +1,13 @@
 //! Changes under load: no stream is dropped, no request fails.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, Namespace, PATIENCE, SYSTEM};
+use crate::cluster::{Cluster, Namespace, PATIENCE, SYSTEM, patient};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -21,7 +22,7 @@ const CLIENTS: usize = 32;
 /// Two replicas on two nodes, with room for a third.
 fn two_replicas(space: &Namespace) -> Result<()> {
     space.cluster.wait_until_empty()?;
-    space.model("m", &json!({"replicas": 2}))?;
+    space.model("m", &json!({"replicas": 2, "rollout": patient()}))?;
     space.wait_until_ready("m")?;
     let pods = space.pods("m")?;
     ensure!(
@@ -45,7 +46,7 @@ fn an_engine_flag_is_changed_under_load(cluster: &Cluster) -> Result<()> {
     space.wait_for_reason("m", "AllReplicasReady")?;
     // Reverted half-way, then two edits in a row.
     patch(&space, &json!({"engine": {"maxNumSeqs": 48}}))?;
-    std::thread::sleep(Duration::from_secs(2));
+    cluster.wait_until("old and new replicas are there", || Ok(n_templates(&space)? == 2))?;
     patch(&space, &json!({"engine": {"maxNumSeqs": 64}}))?;
     space.wait_for_reason("m", "AllReplicasReady")?;
     patch(&space, &json!({"engine": {"blockSize": 32}}))?;
@@ -57,10 +58,18 @@ fn an_engine_flag_is_changed_under_load(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Templates that Pods of the model are of.
+fn n_templates(space: &Namespace) -> Result<usize> {
+    let hash = |pod: &Value| pod["metadata"]["labels"]["pod-template-hash"].to_string();
+    let hashes: BTreeSet<String> = space.pods("m")?.iter().map(hash).collect();
+    Ok(hashes.len())
+}
+
 fn an_update_that_cannot_work(cluster: &Cluster) -> Result<()> {
     let space = cluster.namespace("broken")?;
     space.model("m", &json!({}))?;
     space.wait_until_ready("m")?;
+    let load = Load::start(&space, "m", 4, 4)?;
     for (spec, reason, word) in [
         (json!({"source": {"uri": "file://absent.gguf"}}), "SourceUnreachable", "absent.gguf"),
         (
@@ -80,6 +89,7 @@ fn an_update_that_cannot_work(cluster: &Cluster) -> Result<()> {
         ensure!(told.message.contains("serve on"), "{told:?}");
         space.chat("m", "Hello").context("the old replica serves on")?;
     }
+    load.finish(cluster)?.ensure_nothing_failed()?;
     patch(&space, &json!({"engine": {"maxModelLen": 1024}}))?;
     space.wait_until_ready("m")
 }

@@ -18,7 +18,7 @@ fn chat(user: usize) -> Value {
 }
 
 /// What a user was told.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 struct Told {
     text: String,
     preemptions: u64,

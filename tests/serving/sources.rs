@@ -158,7 +158,8 @@ async fn a_model_of_the_hub_is_downloaded_once_and_serves() -> Result<()> {
 async fn weights_are_resident_once() -> Result<()> {
     let Some(model) = model("weights_are_resident_once") else { return Ok(()) };
     let flags = [&FLAGS[..], &["--num-gpu-blocks-override", "16"]].concat();
-    let args = [&["plan", &model.to_string_lossy(), "--format", "json"], &flags[..]].concat();
+    let path = model.to_string_lossy();
+    let args = [&["plan", &path, "--format", "json"], &flags[..]].concat();
     let (_, plan, _) = harness::run(&args)?;
     let plan: Value = serde_json::from_str(&plan)?;
     let server = Server::start(&model, &flags).await?;

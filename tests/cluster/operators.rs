@@ -80,8 +80,9 @@ fn signal(pid: i32, signal: Signal) -> Result<()> {
 /// controllers of Kubernetes write of a child's status is left out.
 fn n_writes(cluster: &Cluster) -> Result<f64> {
     let metrics = cluster.kubectl(&["get", "--raw", "/metrics"])?;
-    let lines = metrics.lines().filter(|line| is_write(line));
-    lines.map(|line| Ok(line.rsplit_once(' ').context("no figure")?.1.parse::<f64>()?)).sum()
+    let figure =
+        |line: &str| -> Result<f64> { Ok(line.rsplit_once(' ').context("no figure")?.1.parse()?) };
+    metrics.lines().filter(|line| is_write(line)).map(figure).sum()
 }
 
 fn is_write(line: &str) -> bool {

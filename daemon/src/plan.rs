@@ -177,10 +177,12 @@ fn kv_bytes(
         MemoryLimit::Total(bytes) => bytes.get(),
         MemoryLimit::Utilization(share) => share_of(machine.total, share),
         MemoryLimit::Unset => {
-            // One block more than tokens, for the null block.
-            let tokens = u64::from(len).saturating_mul(u64::from(config.max_num_seqs.get()));
-            let all = tokens
-                .saturating_add(u64::from(config.block_size.get()))
+            // Whole blocks for each sequence, and the null block.
+            let size = u64::from(config.block_size.get());
+            let per_sequence = u64::from(len).next_multiple_of(size);
+            let all = per_sequence
+                .saturating_mul(u64::from(config.max_num_seqs.get()))
+                .saturating_add(size)
                 .saturating_mul(demand.kv_per_token);
             return Ok(all.min(DEFAULT_KV_BYTES).min(machine.free / 100 * DEFAULT_SHARE_PERCENT));
         }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, Namespace, PATIENCE, WHOLE};
+use crate::cluster::{AGENT, Cluster, Namespace, PATIENCE, REPLICA, WHOLE};
 
 pub(crate) const TESTS: &[Test] =
     &[("from_apply_to_the_first_token_stage_by_stage", from_apply_to_the_first_token)];
@@ -56,10 +56,12 @@ fn from_apply_to_the_first_token(cluster: &Cluster) -> Result<()> {
     );
     let space = cluster.namespace("staged")?;
     let mut sums = [Duration::ZERO; STAGES.len()];
+    let mut resident = Vec::new();
     for _ in 0..ROUNDS {
         for (sum, stage) in sums.iter_mut().zip(round(&space)?) {
             *sum += stage;
         }
+        resident = residents(cluster)?;
         space.kubectl(&["delete", "imodel", "m"])?;
         cluster.wait_until("the round before is gone", || Ok(space.pods("m")?.is_empty()))?;
     }
@@ -70,7 +72,27 @@ fn from_apply_to_the_first_token(cluster: &Cluster) -> Result<()> {
         eprintln!("  {name:<40} {:>6.2} s", mean.as_secs_f64());
     }
     eprintln!("  {:<40} {:>6.2} s", "kubectl apply to the first token", total.as_secs_f64());
+    for (program, mib) in resident {
+        eprintln!("  {program:<40} {mib:>6} MiB resident");
+    }
     Ok(())
+}
+
+/// The most that an agent and a replica of any node have resident, in MiB.
+fn residents(cluster: &Cluster) -> Result<Vec<(&'static str, u64)>> {
+    let of = |program: &'static str| {
+        let mut most = 0;
+        for node in ["node1", "node2"] {
+            for pid in cluster.processes(node, program)? {
+                let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+                let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+                let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+                most = most.max(kib.context("no VmRSS")? >> 10);
+            }
+        }
+        Ok((program, most))
+    };
+    [AGENT, REPLICA].into_iter().map(of).collect()
 }
 
 /// How long each stage took.

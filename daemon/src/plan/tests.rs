@@ -48,8 +48,8 @@ fn check_refused(flags: &str, wanted: PlanError, figure: &str) {
 
 #[test]
 fn the_default_pool_is_the_least_of_the_need_four_gib_and_a_share_of_what_is_free() {
-    let need = check_blocks("--max-num-seqs 3 --max-model-len 100", MACHINE, 18);
-    assert_eq!(need.sequences_at_full_length, 2, "a sequence's last block is not full");
+    let need = check_blocks("--max-num-seqs 3 --max-model-len 100", MACHINE, 21);
+    assert_eq!(need.sequences_at_full_length, 3, "seven blocks each, the last one not full");
     check_blocks("", MACHINE, 4095);
     // 40 % of 5 GiB, in whole hundredths.
     check_blocks("", Machine { free: 5 * GIB, ..MACHINE }, 2046);

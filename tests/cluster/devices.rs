@@ -1,13 +1,16 @@
 //! The device plugin: what the kubelet does with its units. GPU nodes have a fake inventory given by file: there is no GPU here.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Test;
 use crate::cluster::{Cluster, PATIENCE, SYSTEM};
 
 pub(crate) const TESTS: &[Test] = &[
     ("units_that_a_pod_is_given_twice_are_one_grant", units_given_twice),
+    ("many_pods_at_once_share_no_unit_and_keep_theirs_until_they_end", many_pods_at_once),
     (
         "gpu_memory_of_a_fake_inventory_is_lent_fragmented_and_followed",
         gpu_memory_of_a_fake_inventory,
@@ -48,6 +51,42 @@ fn units_given_twice(cluster: &Cluster) -> Result<()> {
     ensure!(cluster.ledger("node1")? == (1, 1), "{:?}", cluster.ledger("node1")?);
     drop(space);
     cluster.wait_until_empty()
+}
+
+/// As many Pods as both nodes have units for, made and ended at once.
+fn many_pods_at_once(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace("many")?;
+    space.model("m", &json!({"replicas": 8}))?;
+    space.wait_until_ready("m")?;
+    for node in ["node1", "node2"] {
+        ensure!(cluster.ledger(node)? == (4, 4), "{node}: {:?}", cluster.ledger(node)?);
+        let held = held_units(cluster, node)?;
+        let distinct: BTreeSet<&String> = held.iter().collect();
+        ensure!((held.len(), distinct.len()) == (4, 4), "{node}: {held:?}");
+    }
+    // One more waits, and starts with the units of the first that has ended, not of one that is still ending.
+    space.model("n", &json!({}))?;
+    space.wait_for_reason("n", "InsufficientMemory")?;
+    space.kubectl(&["scale", "imodel", "m", "--replicas=7"])?;
+    space.wait_until_ready("n")?;
+    for node in ["node1", "node2"] {
+        ensure!(held_units(cluster, node)?.len() == 4, "{:?}", held_units(cluster, node)?);
+    }
+    drop(space);
+    cluster.wait_until_empty()
+}
+
+/// The units that the records of a node's grants hold.
+fn held_units(cluster: &Cluster, node: &str) -> Result<Vec<String>> {
+    let folder = cluster.state.join("vm").join(node).join("var/lib/bindery/grants");
+    let mut held = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let record: Value = serde_json::from_slice(&std::fs::read(entry?.path())?)?;
+        let units = record["units"].as_array().cloned().unwrap_or_default();
+        held.extend(units.iter().map(Value::to_string));
+    }
+    Ok(held)
 }
 
 const INVENTORY: &str = "/var/lib/bindery-models/gpus/gpus.yaml";

@@ -232,6 +232,12 @@ fn engines_are_confined(cluster: &Cluster) -> Result<()> {
     let own: i32 =
         std::fs::read_to_string(format!("/proc/{}/oom_score_adj", agents[0]))?.trim().parse()?;
     ensure!(score > own, "the engine's {score} is not above the agent's {own}");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agents[0]))?;
+    ensure!(status.contains("CapEff:\t0000000000000000"), "its agent: {status}");
+    let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", agents[0]))?;
+    let root = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/"));
+    let options = root.and_then(|line| line.split(' ').nth(5)).unwrap_or_default();
+    ensure!(options.split(',').any(|option| option == "ro"), "its agent's root: {root:?}");
     let command = std::fs::read_to_string(format!("/proc/{engine}/environ"))?;
     ensure!(command.trim_matches('\0').is_empty(), "an engine needs no environment: {command:?}");
     let log = space.kubectl(&["logs", "-l", "bindery.dev/model=m", "--tail=-1"])?;

@@ -20,20 +20,25 @@ fn chat_with(field: &str, value: Value) -> Value {
     body
 }
 
+fn bad_prompts() -> Vec<Value> {
+    vec![
+        json!(""),
+        json!([]),
+        json!(7),
+        json!([[]]),
+        json!([49_152]),
+        json!([-1]),
+        json!([1.5]),
+        json!([null]),
+        json!([1, "a"]),
+        json!(["a", 1]),
+        json!([[[1]]]),
+        json!([{"a": 1}]),
+    ]
+}
+
 fn bad_completions() -> Vec<(Value, u16, &'static str)> {
     let invalid = [
-        ("prompt", json!("")),
-        ("prompt", json!([])),
-        ("prompt", json!(7)),
-        ("prompt", json!([[]])),
-        ("prompt", json!([49_152])),
-        ("prompt", json!([-1])),
-        ("prompt", json!([1.5])),
-        ("prompt", json!([null])),
-        ("prompt", json!([1, "a"])),
-        ("prompt", json!(["a", 1])),
-        ("prompt", json!([[[1]]])),
-        ("prompt", json!([{"a": 1}])),
         ("max_tokens", json!(0)),
         ("max_tokens", json!("many")),
         ("max_tokens", json!(-3)),
@@ -67,8 +72,10 @@ fn bad_completions() -> Vec<(Value, u16, &'static str)> {
     ];
     let unsupported = ["tools", "suffix", "guided_json", "response_format"]
         .map(|name| (name, json!({"type": "x"})));
+    let prompts = bad_prompts().into_iter().map(|prompt| ("prompt", prompt));
     let mut table: Vec<_> = invalid
         .into_iter()
+        .chain(prompts)
         .map(|(field, value)| (with(field, value), 400, "invalid_value"))
         .collect();
     table.extend(

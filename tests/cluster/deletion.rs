@@ -1,6 +1,6 @@
 //! Deletion in every order: nothing hangs, nothing is left.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::json;
 
 use crate::Test;
@@ -55,8 +55,8 @@ fn nothing_is_left(cluster: &Cluster) -> Result<()> {
         ["node1", "node2"].into_iter().flat_map(|node| [(node, "grants"), (node, "sockets")])
     {
         let path = cluster.state.join("vm").join(node).join("var/lib/bindery").join(folder);
-        let left = std::fs::read_dir(&path).map_or(0, Iterator::count);
-        ensure!(left == 0, "{left} {folder} are left on {node}");
+        let left = || std::fs::read_dir(&path).map_or(0, Iterator::count);
+        cluster.wait_until(&format!("no {folder} are left on {node}"), || Ok(left() == 0))?;
     }
     Ok(())
 }

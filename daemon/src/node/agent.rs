@@ -289,6 +289,9 @@ impl Agent {
         for id in over {
             self.forget(&id, "the kubelet does not list it any more");
         }
+        if let Err(error) = self.grants.sweep() {
+            tracing::warn!(%error, "cannot look for folders of grants that have ended");
+        }
     }
 
     fn forget(&self, id: &GrantId, why: &str) {

@@ -138,6 +138,23 @@ impl Grants {
         Ok(())
     }
 
+    /// Removes empty folders of grants that are not written down: where a container starts with the folder of a grant that has
+    /// ended, as an init container does whose units went on, the runtime makes the folder anew.
+    ///
+    /// # Errors
+    /// When the folders cannot be listed.
+    pub fn sweep(&self) -> std::io::Result<()> {
+        for entry in std::fs::read_dir(self.root.join("sockets"))? {
+            let entry = entry?;
+            let id = GrantId(entry.file_name().to_string_lossy().into_owned());
+            // A folder that is not empty is no such one, and is not removed.
+            if !self.record(&id).exists() && std::fs::remove_dir(entry.path()).is_ok() {
+                tracing::info!(%id, "the empty folder of a grant that has ended was removed");
+            }
+        }
+        Ok(())
+    }
+
     fn oldest_first(&self) -> std::io::Result<Vec<PathBuf>> {
         let written = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry?;
@@ -194,6 +211,19 @@ mod tests {
         let socket = grants.folder(&id).join(CLAIM_SOCKET);
         assert_eq!(std::fs::metadata(&socket).unwrap().mode() & 0o777, 0o666);
         assert!(std::os::unix::net::UnixStream::connect(socket).is_ok());
+    }
+
+    #[test]
+    fn only_empty_folders_without_a_record_are_swept_away() {
+        let root = tempfile::tempdir().unwrap();
+        let grants = Grants::open(root.path()).unwrap();
+        let [held, full, empty] = ["held", "full", "empty"].map(|name| GrantId(name.to_owned()));
+        drop(grants.create(&held, &units()).unwrap());
+        std::fs::create_dir_all(grants.folder(&full).join("x")).unwrap();
+        std::fs::create_dir(grants.folder(&empty)).unwrap();
+        grants.sweep().unwrap();
+        let left = [&held, &full, &empty].map(|id| grants.folder(id).exists());
+        assert_eq!(left, [true, true, false]);
     }
 
     #[test]

@@ -185,7 +185,8 @@ impl Agent {
 
     /// Opens what the disk did not take before.
     pub fn open_late(&self) {
-        let unopened = self.change(|state| std::mem::take(&mut state.unopened));
+        // Looked at every few seconds: nobody is told of a change that is none.
+        let unopened = std::mem::take(&mut self.lock().unopened);
         for id in unopened {
             let units = self.read(|ledger| {
                 ledger.grants().find(|(other, _)| **other == id).map(|(_, units)| units.clone())

@@ -92,8 +92,6 @@ pub enum AgentLine {
     Ready { socket: String },
     /// Requests inside the engine.
     InFlight { requests: u64 },
-    /// Connections that the engine has accepted since its start.
-    Connections { accepted: u64 },
     /// A line of the engine's log.
     Log { line: String },
     /// The agent is about to end and the engine with it; running requests are finished first.

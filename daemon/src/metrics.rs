@@ -7,6 +7,7 @@ mod process;
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -67,6 +68,8 @@ pub struct Metrics {
     rejections: IntCounterVec,
     native: Native,
     http: Http,
+    /// Requests of clients that began: for the agent, not shown.
+    begun: AtomicU64,
     cache_config: GaugeVec,
 }
 
@@ -270,6 +273,7 @@ impl Metrics {
             rejections,
             native: Native::new(&make)?,
             http: Http::new(&make)?,
+            begun: AtomicU64::new(0),
             cache_config,
             registry,
         })
@@ -352,9 +356,14 @@ impl Metrics {
         self.native.accepted.inc();
     }
 
-    /// Connections accepted since the start.
-    pub fn accepted_connections(&self) -> u64 {
-        self.native.accepted.get()
+    /// A client's request has begun; probes and scrapes are not counted.
+    pub fn request_begun(&self) {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Such requests since the start.
+    pub fn begun_requests(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// A running stream was cut off by the server's end.

@@ -33,8 +33,8 @@ pub enum Event {
     Ready {},
     /// Requests inside the engine, waiting ones included.
     InFlight { requests: u64 },
-    /// Connections accepted since the start.
-    Connections { accepted: u64 },
+    /// Requests that clients began since the start; probes and scrapes are not among them.
+    Begun { requests: u64 },
     /// The engine ends.
     Failed { reason: FailureReason, message: String },
 }
@@ -344,7 +344,7 @@ mod tests {
         let reporter = Reporter { shared: Arc::clone(&shared) };
         for requests in 0..1000 {
             reporter.report(Event::InFlight { requests });
-            reporter.report(Event::Connections { accepted: requests });
+            reporter.report(Event::Begun { requests });
         }
         assert_eq!(shared.lock().events.len(), 2);
         assert_eq!(shared.next(), Some(Event::InFlight { requests: 999 }));

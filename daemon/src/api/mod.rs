@@ -67,6 +67,7 @@ async fn method_not_allowed(request: Request) -> ApiError {
 
 /// Counts answers by route, method and class of status.
 async fn count(State(state): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
+    state.metrics.request_begun();
     let started = Instant::now();
     let method = request.method().clone();
     let path = request
@@ -81,4 +82,28 @@ async fn count(State(state): State<Arc<ApiState>>, request: Request, next: Next)
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::metrics::Metrics;
+    use state::CacheScope;
+
+    #[tokio::test]
+    async fn what_clients_ask_counts_as_begun_and_what_watchers_ask_does_not() {
+        let metrics = Arc::new(Metrics::new("tiny").unwrap());
+        let limits = state::ApiLimits::with_body_bytes(1 << 20);
+        let state =
+            Arc::new(ApiState::new(vec![], vec![], limits, CacheScope::Key, Arc::clone(&metrics)));
+        let app = router(state);
+        for path in ["/metrics", "/healthz", "/readyz", "/health", "/v1/models", "/nothing"] {
+            let request = Request::get(path).body(Body::empty()).unwrap();
+            app.clone().oneshot(request).await.unwrap();
+        }
+        assert_eq!(metrics.begun_requests(), 2);
+    }
 }

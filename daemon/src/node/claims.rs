@@ -40,7 +40,7 @@ const KEEPALIVE_REQUESTS: &str = "1000";
 const KEEPALIVE_SECONDS: &str = "300";
 /// While the agent drains, an engine is kept for this long at least: endpoints follow with a delay.
 const DRAIN_AT_LEAST: Duration = Duration::from_secs(5);
-/// And until no connection came for this long.
+/// And until no request came for this long.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// Serves every grant's socket until the agent ends.
@@ -410,7 +410,10 @@ impl Attending<'_> {
             }
             self.last_words.push_back(line.clone());
         }
-        say(self.lines, line_for_replica(said)?).await.map_err(|_| Attended::Left)
+        match line_for_replica(said)? {
+            Some(line) => say(self.lines, line).await.map_err(|_| Attended::Left),
+            None => Ok(()),
+        }
     }
 
     async fn obey(&mut self, line: &str) -> Result<(), Attended> {
@@ -449,7 +452,7 @@ impl Attending<'_> {
 #[derive(Debug, Default)]
 struct Draining {
     since: Option<tokio::time::Instant>,
-    /// When the newest connection came.
+    /// When the newest request of a client began.
     newest: Option<tokio::time::Instant>,
     in_flight: u64,
 }
@@ -458,7 +461,7 @@ impl Draining {
     fn hear(&mut self, line: &FromEngine) {
         match line {
             FromEngine::Event(Event::InFlight { requests }) => self.in_flight = *requests,
-            FromEngine::Event(Event::Connections { .. }) => {
+            FromEngine::Event(Event::Begun { .. }) => {
                 self.newest = Some(tokio::time::Instant::now());
             }
             FromEngine::Event(_) | FromEngine::Log(_) => {}
@@ -483,8 +486,9 @@ fn joined(words: &VecDeque<String>) -> String {
     words.iter().map(String::as_str).collect::<Vec<_>>().join("; ")
 }
 
-fn line_for_replica(line: FromEngine) -> Result<AgentLine, Attended> {
-    Ok(match line {
+/// What a replica wants to hear of it.
+fn line_for_replica(line: FromEngine) -> Result<Option<AgentLine>, Attended> {
+    Ok(Some(match line {
         FromEngine::Log(line) => AgentLine::Log { line },
         FromEngine::Event(Event::Loading { bytes, total_bytes }) => {
             AgentLine::Loading { bytes, total_bytes }
@@ -493,11 +497,11 @@ fn line_for_replica(line: FromEngine) -> Result<AgentLine, Attended> {
             AgentLine::Ready { socket: format!("{ENGINE_FOLDER}/{ENGINE_SOCKET}") }
         }
         FromEngine::Event(Event::InFlight { requests }) => AgentLine::InFlight { requests },
-        FromEngine::Event(Event::Connections { accepted }) => AgentLine::Connections { accepted },
+        FromEngine::Event(Event::Begun { .. }) => return Ok(None),
         FromEngine::Event(Event::Failed { reason, message }) => {
             return Err(Attended::Failed { reason: reason.into(), message });
         }
-    })
+    }))
 }
 
 #[cfg(test)]

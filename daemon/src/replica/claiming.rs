@@ -135,7 +135,6 @@ fn hear(line: AgentLine, grant: &Path, status: &Shared) -> Option<ReplicaState> 
         AgentLine::InFlight { requests } => {
             status.send_modify(|status| status.in_flight = requests);
         }
-        AgentLine::Connections { .. } => {}
         AgentLine::Log { line } => eprintln!("{line}"),
         AgentLine::Draining {} => {
             tell(

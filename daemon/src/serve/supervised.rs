@@ -54,7 +54,7 @@ impl Agent {
         self.reporter.clone()
     }
 
-    /// Says that the model can answer, and from now on how many requests and connections there are.
+    /// Says that the model can answer, and from now on how many requests there are and were begun.
     pub(super) fn ready(
         &mut self,
         handle: &Handle,
@@ -69,12 +69,12 @@ impl Agent {
             let mut told = (0, 0);
             loop {
                 tokio::time::sleep(LOOK).await;
-                let now = (handle.in_flight() as u64, metrics.accepted_connections());
+                let now = (handle.in_flight() as u64, metrics.begun_requests());
                 if now.0 != told.0 {
                     reporter.report(Event::InFlight { requests: now.0 });
                 }
                 if now.1 != told.1 {
-                    reporter.report(Event::Connections { accepted: now.1 });
+                    reporter.report(Event::Begun { requests: now.1 });
                 }
                 told = now;
             }

@@ -7,7 +7,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use kernels::cpu::{
-    AttendSpan, Attention, Dtype, KvArena, KvDtype, KvShape, Matrix, instruction_set,
+    AttendSpan, Attention, Dtype, KvArena, KvDtype, KvShape, Map, Matrix, Multiplier,
+    instruction_set,
 };
 
 const ROWS: usize = 1536;
@@ -55,7 +56,13 @@ fn main() {
         let time = |m: usize| {
             let x = vec![0.5; m * COLS];
             let mut out = vec![0.0; m * ROWS];
-            best(|| matrix.multiply(black_box(&x), &mut out).unwrap_or_default()).as_secs_f64()
+            let mut multiplier = Multiplier::default();
+            best(|| {
+                multiplier
+                    .multiply(black_box(&x), [Map { matrix: &matrix, out: &mut out }])
+                    .unwrap_or_default()
+            })
+            .as_secs_f64()
         };
         let rate = |m: usize, seconds: f64| (m * ROWS * COLS) as f64 / seconds / 1e9;
         let (one, many, more) = (time(1), time(64), time(256));
@@ -68,6 +75,10 @@ fn main() {
             rate(256, more)
         );
     }
+    attention();
+}
+
+fn attention() {
     println!("{:<28}{:>14}{:>14}", "attention, 9/3 heads of 64", "us", "GB/s of KV");
     for context in [512_u32, 4096] {
         let shape = KvShape {

@@ -62,9 +62,12 @@ fn attention(
     weights: &LayerWeights,
     x: &mut Activations<'_>,
 ) -> Result<(), KernelError> {
-    tensors.linear(&weights.query, x.normed, x.query)?;
-    tensors.linear(&weights.key, x.normed, x.key)?;
-    tensors.linear(&weights.value, x.normed, x.value)?;
+    let maps = [
+        (&weights.query, &mut *x.query),
+        (&weights.key, &mut *x.key),
+        (&weights.value, &mut *x.value),
+    ];
+    tensors.linear(x.normed, maps)?;
     if let Some(norm) = &weights.query_norm {
         tensors.rms_norm(x.query, norm, x.attended);
         std::mem::swap(&mut x.query, &mut x.attended);
@@ -75,7 +78,7 @@ fn attention(
     }
     tensors.rope_and_store(layer, x.query, x.key, x.value)?;
     tensors.attend(layer, x.query, x.attended)?;
-    tensors.linear(&weights.output, x.attended, x.projected)
+    tensors.linear(x.attended, [(&weights.output, &mut *x.projected)])
 }
 
 /// `projected` = down(activation(gate(normed)) * up(normed)).
@@ -85,10 +88,9 @@ fn feed_forward(
     weights: &LayerWeights,
     x: &mut Activations<'_>,
 ) -> Result<(), KernelError> {
-    tensors.linear(&weights.gate, x.normed, x.gate)?;
-    tensors.linear(&weights.up, x.normed, x.up)?;
+    tensors.linear(x.normed, [(&weights.gate, &mut *x.gate), (&weights.up, &mut *x.up)])?;
     tensors.gate(config.activation, x.gate, x.up);
-    tensors.linear(&weights.down, x.gate, x.projected)
+    tensors.linear(x.gate, [(&weights.down, &mut *x.projected)])
 }
 
 /// Adds `projected` to the residual stream, through a norm where the model has one there.

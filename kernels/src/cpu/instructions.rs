@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 pub enum InstructionSet {
     Portable,
     Avx2Fma,
+    /// With VNNI; processors that have AVX-512 without it run AVX2's code.
     Avx512,
 }
 
@@ -24,7 +25,8 @@ fn detect() -> InstructionSet {
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512dq");
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vnni");
     match (avx2, avx512) {
         (true, true) => InstructionSet::Avx512,
         (true, false) => InstructionSet::Avx2Fma,
@@ -46,7 +48,7 @@ macro_rules! dispatched {
             {
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
-                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
                 fn avx512($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
                 match $crate::cpu::instructions::instruction_set() {
                     // SAFETY: the processor has these instructions, `instruction_set` asked it.

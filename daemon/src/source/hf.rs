@@ -21,10 +21,10 @@ const LARGEST_LIST: usize = 16 << 20;
 /// Why a model did not come from the hub.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    #[error("{what}: the hub answered {status}: the token in HF_TOKEN may not read it")]
+    #[error("{what}: the hub answered {status}: this token may not read it")]
     TokenRefused { what: String, status: StatusCode },
     #[error(
-        "{what}: the hub answered {status}: it is private, gated or absent; set HF_TOKEN to a token that may read it"
+        "{what}: the hub answered {status}: it is private, gated or absent; a token that may read it comes from HF_TOKEN, in a cluster from the model's secretRef"
     )]
     TokenMissing { what: String, status: StatusCode },
     #[error("{what}: the hub has no such model, revision or file")]

@@ -276,11 +276,16 @@ async fn lengths_and_contents_that_differ_are_refused_and_leave_no_file() {
 async fn refusals_name_the_token_or_the_model() {
     for (mood, word) in [
         (Mood::Unauthorized, "HF_TOKEN"),
-        (Mood::Forbidden, "HF_TOKEN"),
+        (Mood::Forbidden, "secretRef"),
         (Mood::NoSuchModel, "no such"),
     ] {
-        let error = setup(mood).await.fetch().await.unwrap_err().to_string();
+        let mut setup = setup(mood).await;
+        let error = setup.fetch().await.unwrap_err().to_string();
         assert!(error.contains(word) && error.contains("org/name"), "{error}");
+        setup.config.token = crate::source::Token::new("hf_x".into());
+        let error = setup.fetch().await.unwrap_err().to_string();
+        // Where the token came from is not known here.
+        assert!(!error.contains("HF_TOKEN") && error.contains("org/name"), "{error}");
     }
 }
 

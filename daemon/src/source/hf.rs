@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::{HeaderMap, RANGE, RETRY_AFTER};
 use serde::Deserialize;
 
 use super::hub_files::{Checksum, choose};
@@ -105,6 +105,9 @@ struct Revision {
     sha: String,
     #[serde(default)]
     siblings: Vec<Sibling>,
+    /// False, or how access is given.
+    #[serde(default)]
+    gated: serde_json::Value,
 }
 
 #[derive(Debug, Deserialize)]
@@ -172,7 +175,11 @@ async fn bring(
             reason: format!("{commit:?} is no commit"),
         });
     }
+    let is_gated = revision.is_gated();
     let files = choose(revision.files()?, model.file.as_deref())?;
+    if let Some(file) = files.files().first().filter(|_| is_gated) {
+        site.check_access(&site.content_url(model, &commit, file), model).await?;
+    }
     let cache = Cache::new(&config.cache, model);
     cache.fill(&site, model, &commit, &files, report).await?;
     cache.remember(model, &commit, &files)
@@ -187,6 +194,11 @@ pub fn remembered(cache: &Path, model: &HubModel) -> Option<PathBuf> {
 }
 
 impl Revision {
+    /// Whether everybody may see the list of files, and only some may read them.
+    fn is_gated(&self) -> bool {
+        !matches!(self.gated, serde_json::Value::Null | serde_json::Value::Bool(false))
+    }
+
     fn files(self) -> Result<Vec<HubFile>, HubError> {
         self.siblings.into_iter().filter_map(Sibling::file).collect()
     }
@@ -285,6 +297,18 @@ impl Site {
         let HubModel { org, name, .. } = model;
         let endpoint = &self.config.endpoint;
         format!("{endpoint}/{org}/{name}/resolve/{commit}/{}", file.path).replace(' ', "%20")
+    }
+
+    /// Asks for the first byte of a file: what is in the cache was perhaps brought with another's token.
+    async fn check_access(&self, url: &str, model: &HubModel) -> Result<(), HubError> {
+        let request = self.get(url).header(RANGE, "bytes=0-0");
+        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
+        match response.status() {
+            // The file is empty.
+            StatusCode::RANGE_NOT_SATISFIABLE => Ok(()),
+            status if status.is_success() => Ok(()),
+            _ => Err(self.refused(&response, &model.to_string())),
+        }
     }
 
     pub(super) fn unreachable(&self, error: &reqwest::Error) -> HubError {

@@ -42,6 +42,8 @@ enum Mood {
     Unauthorized,
     Forbidden,
     NoSuchModel,
+    /// Everybody sees the list of files.
+    Gated,
     /// Content lies on another server.
     Redirects,
     Overloaded {
@@ -72,7 +74,7 @@ fn sha(bytes: &[u8]) -> String {
 fn listing(hub: &Hub) -> Response {
     let lfs = serde_json::json!({"sha256": sha(&hub.weights), "size": hub.weights.len()});
     axum::Json(serde_json::json!({
-        "sha": "c0ffee", "unknown": 1,
+        "sha": "c0ffee", "unknown": 1, "gated": if hub.mood == Mood::Gated { "manual".into() } else { serde_json::Value::from(false) },
         "siblings": [
             {"rfilename": "config.json", "size": CONFIG.len(), "blobId": CONFIG_BLOB},
             {"rfilename": "model.safetensors", "size": hub.weights.len(), "blobId": "0", "lfs": lfs},
@@ -158,6 +160,7 @@ async fn answer(State(hub): State<Arc<Hub>>, request: Request) -> Response {
             .header(LOCATION, format!("{other}{path}"))
             .body(Body::empty())
             .unwrap(),
+        (Mood::Gated, _) if header(AUTHORIZATION) != Some("Bearer hf_x") => status(403),
         _ => content(&hub, &request),
     }
 }
@@ -302,6 +305,19 @@ async fn a_token_is_shown_to_the_hub_and_not_to_whom_it_redirects_to() {
     assert_eq!(shown(&hub), hub.seen.lock().unwrap().len());
     assert_eq!(shown(&other), 0);
     assert!(!other.seen.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_gated_model_is_not_served_from_the_cache_to_who_may_not_read_it() {
+    let mut setup = setup(Mood::Gated).await;
+    setup.config.token = crate::source::Token::new("hf_x".into());
+    setup.assert_whole().await;
+    setup.assert_whole().await;
+    for other in [crate::source::Token::new("hf_y".into()), None] {
+        setup.config.token = other;
+        let error = setup.fetch().await.unwrap_err().to_string();
+        assert!(error.contains("403") && error.contains("org/name"), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -1,8 +1,10 @@
 //! From a claim's address to a path on this node that an engine can open.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use crate::claim::{Claim, ClaimCredential, Secret};
 use crate::config::HubConfig;
@@ -12,6 +14,9 @@ use crate::source::reach::Reach;
 use crate::source::{
     Credential, Downloaded, Held, HubModel, Location, Retry, Room, Token, link, sha256_of,
 };
+
+/// Files of the model folder whose SHA-256 is remembered.
+const MOST_HASHED: usize = 256;
 
 /// Why an address did not become a path.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +94,17 @@ pub struct Weights {
     readers: PathBuf,
     /// One download of an address at a time: the second finds it in the cache.
     downloading: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// SHA-256 of files of the model folder.
+    hashed: Mutex<HashMap<Stamp, String>>,
+}
+
+/// What stays the same for as long as nobody writes to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Stamp {
+    path: PathBuf,
+    inode: u64,
+    bytes: u64,
+    modified: SystemTime,
 }
 
 /// What a node's weights are made of.
@@ -135,6 +151,7 @@ impl Weights {
             root,
             readers,
             downloading: Mutex::default(),
+            hashed: Mutex::default(),
         }
     }
 
@@ -152,7 +169,7 @@ impl Weights {
         if let Some(path) = claim.model.strip_prefix("file://") {
             let path = self.local(path)?;
             if let Some(wanted) = &claim.sha256 {
-                verify(&claim.model, &path, wanted).await?;
+                self.verify(&claim.model, &path, wanted).await?;
             }
             return Ok(Fetched { path, _held: None });
         }
@@ -257,6 +274,35 @@ impl Weights {
             Err(_) => {}
         }
     }
+
+    async fn verify(&self, uri: &str, path: &Path, wanted: &str) -> Result<(), WeightsError> {
+        let got = self.sha256(path).await.map_err(|error| WeightsError::Missing {
+            path: path.display().to_string(),
+            reason: error.to_string(),
+        })?;
+        if got == wanted {
+            return Ok(());
+        }
+        Err(WeightsError::Checksum { uri: uri.to_owned(), wanted: wanted.to_owned(), got })
+    }
+
+    async fn sha256(&self, path: &Path) -> std::io::Result<String> {
+        let found = std::fs::metadata(path)?;
+        let (inode, bytes, modified) = (found.ino(), found.len(), found.modified()?);
+        let stamp = Stamp { path: path.to_owned(), inode, bytes, modified };
+        let hashed = || self.hashed.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = hashed().get(&stamp).cloned();
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let sha256 = sha256_of(path).await?;
+        let mut hashed = hashed();
+        if hashed.len() >= MOST_HASHED {
+            hashed.clear();
+        }
+        hashed.insert(stamp, sha256.clone());
+        Ok(sha256)
+    }
 }
 
 /// Names an address and a credential without saying either.
@@ -282,17 +328,6 @@ fn credential(claim: &Claim) -> Result<Credential, WeightsError> {
         aws_region: given.aws_region.clone(),
         aws_endpoint_url: given.aws_endpoint_url.clone(),
     })
-}
-
-async fn verify(uri: &str, path: &Path, wanted: &str) -> Result<(), WeightsError> {
-    let got = sha256_of(path).await.map_err(|error| WeightsError::Missing {
-        path: path.display().to_string(),
-        reason: error.to_string(),
-    })?;
-    if got == wanted {
-        return Ok(());
-    }
-    Err(WeightsError::Checksum { uri: uri.to_owned(), wanted: wanted.to_owned(), got })
 }
 
 #[cfg(test)]
@@ -374,6 +409,27 @@ mod tests {
         let reason = reason(&weights, "file://m", Some(&wrong)).await;
         assert_eq!(reason, crds::Reason::ChecksumMismatch);
     }
+    #[tokio::test]
+    async fn a_file_is_hashed_once_for_as_long_as_it_is_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("models/m");
+        std::fs::create_dir(folder.path().join("models")).unwrap();
+        std::fs::write(&path, "abc").unwrap();
+        let weights = weights(folder.path());
+        let claim = claim("file://m", Some(ABC));
+        weights.fetch(&claim, &|_| {}).await.unwrap();
+        let written = std::fs::metadata(&path).unwrap().modified().unwrap();
+        let write = |content: &str, modified| {
+            std::fs::write(&path, content).unwrap();
+            std::fs::File::open(&path).unwrap().set_modified(modified).unwrap();
+        };
+        write("xyz", written);
+        weights.fetch(&claim, &|_| {}).await.expect("nothing says that it is another");
+        write("xyz", written + std::time::Duration::from_secs(1));
+        let error = weights.fetch(&claim, &|_| {}).await.unwrap_err();
+        assert_eq!(error.reason(), crds::Reason::ChecksumMismatch);
+    }
+
     /// Of `abc`: FIPS 180-2, appendix B.1.
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
     const HUB: &str = "hf://org/name";

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use reqwest::Url;
+
 use crate::claim::{Claim, ClaimCredential, Secret};
 use crate::config::HubConfig;
 use crate::source::hf::{self, HubError};
@@ -17,6 +19,10 @@ use crate::source::{
 
 /// Files of the model folder whose SHA-256 is remembered.
 const MOST_HASHED: usize = 256;
+/// What parts of a credential are.
+const TOKEN: &str = "a token or key has printable ASCII characters and no spaces";
+const REGION: &str = "AWS_REGION has 1 to 64 letters, digits, - and _";
+const ENDPOINT: &str = "AWS_ENDPOINT_URL is http://host or https://host, with at most 512 printable ASCII characters and no user, query or fragment";
 
 /// Why an address did not become a path.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +33,8 @@ pub enum WeightsError {
     Missing { path: String, reason: String },
     #[error("{uri}: wanted SHA-256 {wanted}, got {got}")]
     Checksum { uri: String, wanted: String, got: String },
-    #[error("{uri}: a token or key has printable ASCII characters and no spaces")]
-    BadToken { uri: String },
+    #[error("{uri}: {wanted}")]
+    BadCredential { uri: String, wanted: &'static str },
     #[error(
         "{uri}: wanted file://path, hf://org/name[/file.gguf][@revision], https://host/path.gguf or s3://bucket/path.gguf"
     )]
@@ -46,7 +52,7 @@ impl WeightsError {
             Self::Checksum { .. }
             | Self::Hub(HubError::WrongChecksum { .. })
             | Self::Object(ObjectError::WrongChecksum { .. }) => crds::Reason::ChecksumMismatch,
-            Self::BadToken { .. }
+            Self::BadCredential { .. }
             | Self::Hub(HubError::TokenRefused { .. } | HubError::TokenMissing { .. })
             | Self::Object(ObjectError::Refused { .. }) => crds::Reason::Unauthorized,
             Self::Hub(HubError::DiskFull { .. }) | Self::Object(ObjectError::DiskFull { .. }) => {
@@ -315,12 +321,18 @@ fn reader(model: &str, credential: &ClaimCredential) -> String {
 }
 
 fn credential(claim: &Claim) -> Result<Credential, WeightsError> {
-    let bad = || WeightsError::BadToken { uri: claim.model.clone() };
+    let bad = |wanted| WeightsError::BadCredential { uri: claim.model.clone(), wanted };
     let checked = |secret: &Option<Secret>| match secret {
-        Some(secret) => Token::new(secret.0.clone()).map(Some).ok_or_else(bad),
+        Some(secret) => Token::new(secret.0.clone()).map(Some).ok_or_else(|| bad(TOKEN)),
         None => Ok(None),
     };
     let given = &claim.credential;
+    if !given.aws_region.as_deref().is_none_or(is_region) {
+        return Err(bad(REGION));
+    }
+    if !given.aws_endpoint_url.as_deref().is_none_or(is_endpoint) {
+        return Err(bad(ENDPOINT));
+    }
     Ok(Credential {
         token: checked(&given.token)?,
         aws_access_key_id: checked(&given.aws_access_key_id)?,
@@ -328,6 +340,25 @@ fn credential(claim: &Claim) -> Result<Credential, WeightsError> {
         aws_region: given.aws_region.clone(),
         aws_endpoint_url: given.aws_endpoint_url.clone(),
     })
+}
+
+/// A region becomes a part of a host's name, in which other characters would name another host.
+fn is_region(region: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-_".contains(&b);
+    (1..=64).contains(&region.len()) && region.bytes().all(allowed)
+}
+
+fn is_endpoint(endpoint: &str) -> bool {
+    let is_plain = |url: Url| {
+        ["http", "https"].contains(&url.scheme())
+            && url.username().is_empty()
+            && url.password().is_none()
+            && url.query().is_none()
+            && url.fragment().is_none()
+    };
+    endpoint.len() <= 512
+        && endpoint.bytes().all(|b| b.is_ascii_graphic())
+        && Url::parse(endpoint).is_ok_and(is_plain)
 }
 
 #[cfg(test)]
@@ -604,6 +635,41 @@ mod tests {
             *bench.source.asked.lock().unwrap() = 0;
             assert!(bench.fetch(model, None).await.is_err());
             assert_eq!(*bench.source.asked.lock().unwrap(), 2, "{model}");
+        }
+    }
+
+    #[test]
+    fn regions_and_endpoints_that_are_none_are_refused() {
+        let check = |region: Option<&str>, endpoint: Option<&str>| {
+            let mut claim = claim("s3://bucket/m.gguf", None);
+            claim.credential.aws_region = region.map(str::to_owned);
+            claim.credential.aws_endpoint_url = endpoint.map(str::to_owned);
+            credential(&claim).map(drop).map_err(|error| error.to_string())
+        };
+        for (region, endpoint) in [
+            (Some("eu-central-1"), None),
+            (Some("auto"), Some("https://minio.example:9000/")),
+            (None, Some("http://10.0.0.1")),
+        ] {
+            assert_eq!(check(region, endpoint), Ok(()), "{region:?} {endpoint:?}");
+        }
+        for region in ["", "x@10.0.0.1/#", "eu central", "eu\n", "é", "a.example", &"x".repeat(65)]
+        {
+            let error = check(Some(region), None).unwrap_err();
+            assert!(error.contains("AWS_REGION"), "{region}: {error}");
+        }
+        for endpoint in [
+            "",
+            "minio.example",
+            "file:///etc",
+            "https://",
+            "https://user:secret@minio.example",
+            "https://minio.example/?secret",
+            "https://minio.example/\n",
+            &format!("https://{}", "x".repeat(512)),
+        ] {
+            let error = check(None, Some(endpoint)).unwrap_err();
+            assert!(error.contains("AWS_ENDPOINT_URL") && !error.contains("secret"), "{error}");
         }
     }
 }

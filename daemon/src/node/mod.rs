@@ -2,7 +2,6 @@
 
 pub mod admin;
 pub mod agent;
-pub mod cache;
 pub mod claims;
 pub mod engine;
 pub mod gpus;

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::{HeaderMap, RANGE, RETRY_AFTER};
 use serde::Deserialize;
 
 use super::hub_files::{Checksum, choose};
 use super::progress::{Downloaded, Progress};
 use super::transfer::{Retry, Transfer, disk};
-use super::{FileSet, HubFile, HubModel, is_relative};
+use super::{FileSet, Held, HubFile, HubModel, is_relative, is_trouble, link};
 use crate::config::HubConfig;
 
 /// The largest list of files that is read.
@@ -21,10 +21,10 @@ const LARGEST_LIST: usize = 16 << 20;
 /// Why a model did not come from the hub.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    #[error("{what}: the hub answered {status}: the token in HF_TOKEN may not read it")]
+    #[error("{what}: the hub answered {status}: this token may not read it")]
     TokenRefused { what: String, status: StatusCode },
     #[error(
-        "{what}: the hub answered {status}: it is private, gated or absent; set HF_TOKEN to a token that may read it"
+        "{what}: the hub answered {status}: it is private, gated or absent; a token that may read it comes from HF_TOKEN, in a cluster from the model's secretRef"
     )]
     TokenMissing { what: String, status: StatusCode },
     #[error("{what}: the hub has no such model, revision or file")]
@@ -61,13 +61,7 @@ impl HubError {
         match self {
             Self::Unreachable { .. } | Self::BrokeOff { .. } => true,
             Self::Status { status, .. } => {
-                status.is_server_error()
-                    || [
-                        StatusCode::TOO_MANY_REQUESTS,
-                        StatusCode::REQUEST_TIMEOUT,
-                        StatusCode::RANGE_NOT_SATISFIABLE,
-                    ]
-                    .contains(status)
+                is_trouble(*status) || *status == StatusCode::RANGE_NOT_SATISFIABLE
             }
             Self::TokenRefused { .. }
             | Self::TokenMissing { .. }
@@ -82,6 +76,12 @@ impl HubError {
             | Self::DiskFull { .. }
             | Self::Disk { .. } => false,
         }
+    }
+
+    /// Whether the hub said nothing of this model and this token: it cannot be reached, or is in trouble itself.
+    fn is_away(&self) -> bool {
+        matches!(self, Self::Unreachable { .. })
+            || matches!(self, Self::Status { status, .. } if is_trouble(*status))
     }
 
     pub(super) fn retry_after(&self) -> Option<Duration> {
@@ -105,6 +105,9 @@ struct Revision {
     sha: String,
     #[serde(default)]
     siblings: Vec<Sibling>,
+    /// False, or how access is given.
+    #[serde(default)]
+    gated: serde_json::Value,
 }
 
 #[derive(Debug, Deserialize)]
@@ -143,26 +146,28 @@ pub async fn fetch(
     retry: Retry,
     report: &(dyn Fn(Downloaded) + Send + Sync),
 ) -> Result<PathBuf, HubError> {
-    let cache = Cache::new(config, model);
     if config.offline {
-        return cache
-            .remembered(model)
+        return remembered(&config.cache, model)
             .ok_or_else(|| HubError::Offline { model: model.to_string() });
     }
-    let site = Site::new(config, retry)?;
-    let revision = match site.revision(model).await {
-        Ok(revision) => revision,
-        Err(error @ HubError::Unreachable { .. }) if config.trusts_cache => {
-            return match cache.remembered(model) {
-                Some(path) => {
-                    tracing::warn!(%error, path = %path.display(), "using the model that is in the cache");
-                    Ok(path)
-                }
-                None => Err(error),
-            };
+    match bring(model, config, retry, report).await {
+        Err(error) if config.trusts_cache && error.is_away() => {
+            let Some(path) = remembered(&config.cache, model) else { return Err(error) };
+            tracing::warn!(%error, path = %path.display(), "using the model that is in the cache");
+            Ok(path)
         }
-        Err(error) => return Err(error),
-    };
+        brought => brought,
+    }
+}
+
+async fn bring(
+    model: &HubModel,
+    config: &HubConfig,
+    retry: Retry,
+    report: &(dyn Fn(Downloaded) + Send + Sync),
+) -> Result<PathBuf, HubError> {
+    let site = Site::new(config, retry)?;
+    let revision = site.revision(model).await?;
     let commit = revision.sha.clone();
     if !is_relative(&commit) || commit.contains('/') {
         return Err(HubError::BadAnswer {
@@ -170,12 +175,30 @@ pub async fn fetch(
             reason: format!("{commit:?} is no commit"),
         });
     }
+    let is_gated = revision.is_gated();
     let files = choose(revision.files()?, model.file.as_deref())?;
+    if let Some(file) = files.files().first().filter(|_| is_gated) {
+        site.check_access(&site.content_url(model, &commit, file), model).await?;
+    }
+    let cache = Cache::new(&config.cache, model);
     cache.fill(&site, model, &commit, &files, report).await?;
     cache.remember(model, &commit, &files)
 }
 
+/// The path of a model that was brought whole before.
+pub fn remembered(cache: &Path, model: &HubModel) -> Option<PathBuf> {
+    let cache = Cache::new(cache, model);
+    let noted = std::fs::read_to_string(cache.note(model)).ok().filter(|path| is_relative(path))?;
+    let path = cache.root.join("snapshots").join(noted);
+    path.exists().then_some(path)
+}
+
 impl Revision {
+    /// Whether everybody may see the list of files, and only some may read them.
+    fn is_gated(&self) -> bool {
+        !matches!(self.gated, serde_json::Value::Null | serde_json::Value::Bool(false))
+    }
+
     fn files(self) -> Result<Vec<HubFile>, HubError> {
         self.siblings.into_iter().filter_map(Sibling::file).collect()
     }
@@ -270,8 +293,30 @@ impl Site {
             .map_err(|error| HubError::BadAnswer { what, reason: error.to_string() })
     }
 
+    fn content_url(&self, model: &HubModel, commit: &str, file: &HubFile) -> String {
+        let HubModel { org, name, .. } = model;
+        let endpoint = &self.config.endpoint;
+        format!("{endpoint}/{org}/{name}/resolve/{commit}/{}", file.path).replace(' ', "%20")
+    }
+
+    /// Asks for the first byte of a file: what is in the cache was perhaps brought with another's token.
+    async fn check_access(&self, url: &str, model: &HubModel) -> Result<(), HubError> {
+        let request = self.get(url).header(RANGE, "bytes=0-0");
+        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
+        match response.status() {
+            // The file is empty.
+            StatusCode::RANGE_NOT_SATISFIABLE => Ok(()),
+            status if status.is_success() => Ok(()),
+            _ => Err(self.refused(&response, &model.to_string())),
+        }
+    }
+
     pub(super) fn unreachable(&self, error: &reqwest::Error) -> HubError {
-        HubError::Unreachable { endpoint: self.config.endpoint.clone(), reason: chain(error) }
+        let (endpoint, reason) = (self.config.endpoint.clone(), chain(error));
+        match error.is_redirect() {
+            true => HubError::BadAnswer { what: endpoint, reason },
+            false => HubError::Unreachable { endpoint, reason },
+        }
     }
 
     /// What an answer that is no success means.
@@ -306,8 +351,8 @@ fn chain(error: &reqwest::Error) -> String {
 }
 
 impl Cache {
-    fn new(config: &HubConfig, model: &HubModel) -> Self {
-        Self { root: folder(&config.cache, model) }
+    fn new(cache: &Path, model: &HubModel) -> Self {
+        Self { root: folder(cache, model) }
     }
 
     fn blob(&self, file: &HubFile) -> PathBuf {
@@ -337,19 +382,15 @@ impl Cache {
         // One process at a time fills a repository; the lock ends with the file.
         let _lock = self.lock().await?;
         let total_bytes = files.files().iter().map(|file| file.bytes).fold(0, u64::saturating_add);
-        self.check_room(site, files)?;
+        let _reserved = self.reserve(site, files)?;
         let mut progress = Progress::new(total_bytes, report);
         let mut bytes_before = 0u64;
         for file in files.files() {
             let blob = self.blob(file);
             if !is_whole(&blob, file) {
-                let url = format!(
-                    "{}/{}/{}/resolve/{commit}/{}",
-                    site.config.endpoint, model.org, model.name, file.path
-                );
+                let url = site.content_url(model, commit, file);
                 let partial = blob.with_extension("incomplete");
-                let transfer =
-                    Transfer { site, url: url.replace(' ', "%20"), file, partial, bytes_before };
+                let transfer = Transfer { site, url, file, partial, bytes_before };
                 transfer.run(&mut progress).await?;
                 std::fs::rename(&transfer.partial, &blob).map_err(|error| disk(&blob, error))?;
             }
@@ -388,7 +429,7 @@ impl Cache {
         }
     }
 
-    fn check_room(&self, site: &Site, files: &FileSet) -> Result<(), HubError> {
+    fn reserve(&self, site: &Site, files: &FileSet) -> Result<Held, HubError> {
         let missing =
             files.files().iter().filter(|file| !is_whole(&self.blob(file), file)).map(|file| {
                 let have = std::fs::metadata(self.blob(file).with_extension("incomplete"))
@@ -397,11 +438,7 @@ impl Cache {
             });
         let wanted = missing.fold(0, u64::saturating_add);
         let full = |free| HubError::DiskFull { path: self.root.clone(), wanted, free };
-        site.config.room.make(wanted).map_err(full)?;
-        // A file system that cannot say is tried.
-        let Ok(space) = rustix::fs::statvfs(&self.root) else { return Ok(()) };
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if wanted > free { Err(full(free)) } else { Ok(()) }
+        site.config.room.reserve(&self.root, wanted).map_err(full)
     }
 
     /// Names a blob in the snapshot, as the hub's own clients do.
@@ -409,16 +446,7 @@ impl Cache {
         let name = self.snapshot(commit).join(&file.path);
         let folders = file.path.matches('/').count();
         let target = Path::new(&"../".repeat(folders + 2)).join("blobs").join(file.checksum.hex());
-        if let Some(folder) = name.parent() {
-            std::fs::create_dir_all(folder).map_err(|error| disk(folder, error))?;
-        }
-        match std::fs::remove_file(&name) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(disk(&name, error));
-            }
-            _ => {}
-        }
-        std::os::unix::fs::symlink(target, &name).map_err(|error| disk(&name, error))
+        link(target, &name).map_err(|error| disk(&name, error))
     }
 
     /// Notes that the model is whole and gives the path to load.
@@ -443,14 +471,6 @@ impl Cache {
         }
         std::fs::write(&reference, commit).map_err(|error| disk(&reference, error))?;
         Ok(self.root.join("snapshots").join(path))
-    }
-
-    /// The path of a model that an earlier run brought whole.
-    fn remembered(&self, model: &HubModel) -> Option<PathBuf> {
-        let noted =
-            std::fs::read_to_string(self.note(model)).ok().filter(|path| is_relative(path))?;
-        let path = self.root.join("snapshots").join(noted);
-        path.exists().then_some(path)
     }
 }
 

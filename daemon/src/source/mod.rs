@@ -5,16 +5,17 @@ mod hub_files;
 pub mod object;
 mod progress;
 pub mod reach;
+mod room;
 mod transfer;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 pub use hub_files::{FileSet, HubFile};
 pub use progress::Downloaded;
+pub use room::{Held, Room};
 pub use transfer::Retry;
 
 /// What MODEL names.
@@ -70,30 +71,6 @@ pub struct Credential {
     pub aws_endpoint_url: Option<String>,
 }
 
-/// Makes room for bytes that are about to come; the answer is what is free where that is not enough.
-#[derive(Clone, Default)]
-pub struct Room(Option<Arc<MakeRoom>>);
-
-type MakeRoom = dyn Fn(u64) -> Result<(), u64> + Send + Sync;
-
-impl Room {
-    pub fn new(make: impl Fn(u64) -> Result<(), u64> + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(make)))
-    }
-
-    /// # Errors
-    /// With the bytes that are free.
-    pub(crate) fn make(&self, wanted: u64) -> Result<(), u64> {
-        self.0.as_ref().map_or(Ok(()), |make| make(wanted))
-    }
-}
-
-impl std::fmt::Debug for Room {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Room(..)")
-    }
-}
-
 /// SHA-256 of a file, in lower-case hexadecimal digits.
 pub(crate) async fn sha256_of(path: &Path) -> std::io::Result<String> {
     let path = path.to_owned();
@@ -111,6 +88,25 @@ pub(crate) async fn sha256_of(path: &Path) -> std::io::Result<String> {
         }
     });
     hashed.await.unwrap_or_else(|error| Err(error.into()))
+}
+
+/// Whether a status says that the server is in trouble, and nothing of the file or of who asks.
+fn is_trouble(status: reqwest::StatusCode) -> bool {
+    status.is_server_error()
+        || [reqwest::StatusCode::TOO_MANY_REQUESTS, reqwest::StatusCode::REQUEST_TIMEOUT]
+            .contains(&status)
+}
+
+/// Makes a link in place of what had its name.
+pub(crate) fn link(target: impl AsRef<Path>, name: &Path) -> std::io::Result<()> {
+    if let Some(folder) = name.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    match std::fs::remove_file(name) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    std::os::unix::fs::symlink(target, name)
 }
 
 fn hex(bytes: &[u8]) -> String {

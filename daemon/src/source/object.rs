@@ -4,18 +4,22 @@
 use std::path::{Path, PathBuf};
 
 use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use object_store::aws::AmazonS3Builder;
-use object_store::client::{ClientOptions, HttpClient, HttpConnector};
+use object_store::client::{
+    ClientOptions, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
+    HttpService,
+};
 use object_store::http::HttpBuilder;
 use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig};
-use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::{StatusCode, Url};
 use tokio::io::AsyncWriteExt;
 
 use super::progress::{Downloaded, Progress};
 use super::reach::Reach;
 use super::transfer::Retry;
-use super::{Credential, Room, sha256_of};
+use super::{Credential, Held, Room, is_trouble, link, sha256_of};
 
 /// Why a file did not come.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,8 @@ pub enum ObjectError {
     NotFound { uri: String },
     #[error("{uri}: {reason}")]
     Unreachable { uri: String, reason: String },
+    #[error("{uri}: cannot use the server's answer: {reason}")]
+    BadAnswer { uri: String, reason: String },
     #[error("{uri} broke off: wanted {wanted} bytes, got {got}")]
     BrokeOff { uri: String, wanted: u64, got: u64 },
     #[error("{uri}: wanted SHA-256 {wanted}, got {got}")]
@@ -40,7 +46,12 @@ pub enum ObjectError {
 
 impl ObjectError {
     fn may_pass(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::BrokeOff { .. })
+        self.is_away() || matches!(self, Self::BrokeOff { .. })
+    }
+
+    /// Whether the source said nothing of this file and this credential: it cannot be reached, or is in trouble itself.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Unreachable { .. })
     }
 }
 
@@ -87,7 +98,7 @@ impl Objects {
         Ok(Found { store, path, meta })
     }
 
-    /// Brings the file, unless it is here, and gives its path. The source is asked in either case: what another credential
+    /// Brings the file, unless it is here, and holds it. The source is asked in either case: what another credential
     /// brought here is not served to one that may not read it.
     ///
     /// # Errors
@@ -96,32 +107,19 @@ impl Objects {
         &self,
         request: &Request<'_>,
         report: &(dyn Fn(Downloaded) + Send + Sync),
-    ) -> Result<PathBuf, ObjectError> {
-        let mut failures = 0;
-        let found = loop {
-            match self.find(request).await {
-                Ok(found) => break found,
-                Err(error) if error.may_pass() && failures + 1 < self.retry.attempts => {
-                    failures += 1;
-                    tokio::time::sleep(self.retry.pause(failures, None)).await;
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        let version = version(request.uri, &found.meta);
-        let index = self.folder.join("versions").join(&version);
-        if let Ok(sha256) = std::fs::read_to_string(&index)
-            && request.sha256.is_none_or(|wanted| wanted == sha256)
-            && let Some(path) = self.kept(&sha256)
-        {
-            return Ok(path);
+    ) -> Result<Held, ObjectError> {
+        let found = self.find_patiently(request).await?;
+        let version = version(request, &found.meta);
+        let known = self.folder.join("versions").join(&version);
+        if let Some(held) = self.known(&known, request.sha256) {
+            return Ok(held);
         }
         let partial = self.folder.join("partial").join(&version);
-        for path in [&index, &partial, &self.object("")] {
+        for path in [&known, &partial, &self.object("")] {
             let folder = path.parent().unwrap_or(path);
             std::fs::create_dir_all(folder).map_err(|source| disk(folder, source))?;
         }
-        self.check_room(&partial, found.meta.size)?;
+        let _reserved = self.reserve(&partial, found.meta.size)?;
         self.fill(request, &found, &partial, report).await?;
         let sha256 = sha256_of(&partial).await.map_err(|source| disk(&partial, source))?;
         if let Some(wanted) = request.sha256.filter(|wanted| *wanted != sha256) {
@@ -130,33 +128,47 @@ impl Objects {
             let (uri, wanted) = (request.uri.to_owned(), wanted.to_owned());
             return Err(ObjectError::WrongChecksum { uri, wanted, got: sha256 });
         }
-        let object = self.object(&sha256);
-        std::fs::rename(&partial, &object).map_err(|source| disk(&object, source))?;
-        std::fs::write(&index, &sha256).map_err(|source| disk(&index, source))?;
-        Ok(object)
+        // Held before it is there: no other download removes it in between.
+        let held = self.room.hold(&self.object(&sha256));
+        std::fs::rename(&partial, held.entry()).map_err(|source| disk(held.entry(), source))?;
+        // A link leads to the content and is removed with it.
+        let target = format!("../sha256/{sha256}.gguf");
+        link(&target, &known).map_err(|source| disk(&known, source))?;
+        Ok(held)
+    }
+
+    async fn find_patiently(&self, request: &Request<'_>) -> Result<Found, ObjectError> {
+        let mut failures = 0;
+        loop {
+            match self.find(request).await {
+                Err(error) if error.may_pass() && failures + 1 < self.retry.attempts => {
+                    failures += 1;
+                    tokio::time::sleep(self.retry.pause(failures, None)).await;
+                }
+                found => return found,
+            }
+        }
     }
 
     fn object(&self, sha256: &str) -> PathBuf {
         self.folder.join("sha256").join(format!("{sha256}.gguf"))
     }
 
-    fn kept(&self, sha256: &str) -> Option<PathBuf> {
-        let is_hash = sha256.len() == 64 && sha256.bytes().all(|byte| byte.is_ascii_hexdigit());
-        Some(self.object(sha256)).filter(|path| is_hash && path.exists())
+    /// Holds what was brought before, if it is still here and is what is wanted.
+    fn known(&self, link: &Path, sha256: Option<&str>) -> Option<Held> {
+        let target = std::fs::read_link(link).ok()?;
+        let held = self.room.hold(&self.object(target.file_stem()?.to_str()?));
+        held_as(held, sha256)
     }
 
-    fn check_room(&self, partial: &Path, bytes: u64) -> Result<(), ObjectError> {
+    fn reserve(&self, partial: &Path, bytes: u64) -> Result<Held, ObjectError> {
         let have = std::fs::metadata(partial).map_or(0, |part| part.len());
         let wanted = bytes.saturating_sub(have);
-        let full = |free| ObjectError::DiskFull { path: self.folder.clone(), wanted, free };
-        self.room.make(wanted).map_err(full)?;
-        // A file system that cannot say is tried.
-        let Ok(space) = rustix::fs::statvfs(&self.folder) else { return Ok(()) };
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if wanted > free {
-            return Err(full(free));
-        }
-        Ok(())
+        self.room.reserve(partial, wanted).map_err(|free| ObjectError::DiskFull {
+            path: self.folder.clone(),
+            wanted,
+            free,
+        })
     }
 
     /// Fetches until the length is right, taking up what broke off where it ended.
@@ -194,6 +206,12 @@ impl Objects {
             tokio::time::sleep(self.retry.pause(failures, None)).await;
         }
     }
+}
+
+/// What is held, if it is there and has the checksum that is its name.
+pub fn held_as(held: Held, sha256: Option<&str>) -> Option<Held> {
+    let is_wanted = sha256.is_none_or(|wanted| held.entry().ends_with(format!("{wanted}.gguf")));
+    (is_wanted && held.entry().exists()).then_some(held)
 }
 
 /// One request for what is missing.
@@ -330,13 +348,43 @@ impl HttpConnector for Reached {
         };
         let headers = options.get_default_headers().cloned().unwrap_or_default();
         let client = self.0.client().default_headers(headers).build().map_err(error)?;
-        Ok(HttpClient::new(client))
+        Ok(HttpClient::new(Steady(HttpClient::new(client))))
     }
 }
 
-/// Names this very content of this address, as far as the server says.
-fn version(uri: &str, meta: &ObjectMeta) -> String {
-    let words = format!("{uri}\n{:?}\n{}\n{}", meta.e_tag, meta.size, meta.last_modified);
+/// A client for which the answer of a server in trouble is no answer. `object_store` does not tell what the status was.
+#[derive(Debug)]
+struct Steady(HttpClient);
+
+#[derive(Debug, thiserror::Error)]
+#[error("the server answered {0}")]
+struct InTrouble(StatusCode);
+
+type Answer = Result<HttpResponse, HttpError>;
+
+impl HttpService for Steady {
+    fn call<'a, 'b>(&'a self, request: HttpRequest) -> BoxFuture<'b, Answer>
+    where
+        'a: 'b,
+        Self: 'b,
+    {
+        Box::pin(async move {
+            let answer = self.0.execute(request).await?;
+            match answer.status() {
+                status if is_trouble(status) => {
+                    Err(HttpError::new(HttpErrorKind::Unknown, InTrouble(status)))
+                }
+                _ => Ok(answer),
+            }
+        })
+    }
+}
+
+/// Names this very content of this address, as far as the server says. Who names the server could make up the rest.
+fn version(request: &Request<'_>, meta: &ObjectMeta) -> String {
+    let Request { uri, credential: Credential { aws_region, aws_endpoint_url, .. }, .. } = request;
+    let said = (&meta.e_tag, meta.size, meta.last_modified);
+    let words = format!("{uri}\n{aws_region:?}\n{aws_endpoint_url:?}\n{said:?}");
     blake3::hash(words.as_bytes()).to_hex().to_string()
 }
 
@@ -351,14 +399,28 @@ fn disk(path: &Path, source: std::io::Error) -> ObjectError {
 /// What an error of the protocol means.
 fn told(uri: &str, error: object_store::Error) -> ObjectError {
     let uri = uri.to_owned();
+    let is_away = cause::<HttpError>(&error).is_some()
+        && !cause::<reqwest::Error>(&error).is_some_and(reqwest::Error::is_redirect);
     match error {
         object_store::Error::NotFound { .. } => ObjectError::NotFound { uri },
         object_store::Error::PermissionDenied { .. }
         | object_store::Error::Unauthenticated { .. } => {
             ObjectError::Refused { uri, reason: chain(&error) }
         }
-        error => ObjectError::Unreachable { uri, reason: chain(&error) },
+        error if is_away => ObjectError::Unreachable { uri, reason: chain(&error) },
+        error => ObjectError::BadAnswer { uri, reason: chain(&error) },
     }
+}
+
+/// The cause of this kind, where there is one.
+fn cause<E: std::error::Error + 'static>(error: &object_store::Error) -> Option<&E> {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    std::iter::from_fn(|| {
+        let error = next?;
+        next = error.source();
+        Some(error)
+    })
+    .find_map(|error| error.downcast_ref())
 }
 
 /// The innermost cause, which is the one that says what happened.

@@ -48,17 +48,23 @@ impl Reach {
     }
 
     fn follow(self, attempt: Attempt) -> reqwest::redirect::Action {
-        let weaker = attempt.previous().last().is_some_and(|from| from.scheme() == "https")
-            && attempt.url().scheme() != "https";
-        if attempt.previous().len() > REDIRECTS {
-            attempt.error(format!("more than {REDIRECTS} redirects"))
-        } else if weaker {
-            attempt.error("a redirect leads from https to http")
-        } else if let Err(refused) = self.check(attempt.url()) {
-            attempt.error(refused)
-        } else {
-            attempt.follow()
+        match self.check_redirect(attempt.previous(), attempt.url()) {
+            Ok(()) => attempt.follow(),
+            Err(refused) => attempt.error(refused),
         }
+    }
+
+    /// # Errors
+    /// When a redirect to `next` is not followed from the last of `previous`, which begins with the first address.
+    fn check_redirect(self, previous: &[Url], next: &Url) -> Result<(), String> {
+        if previous.len() > REDIRECTS {
+            return Err(format!("more than {REDIRECTS} redirects"));
+        }
+        if previous.last().is_some_and(|from| from.scheme() == "https") && next.scheme() != "https"
+        {
+            return Err("a redirect leads from https to http".into());
+        }
+        self.check(next)
     }
 }
 
@@ -147,16 +153,71 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_name_of_this_machine_is_not_reached() {
-        let client = Reach::Public.client().build().unwrap();
-        let error = client.get("http://localhost:1/").send().await.unwrap_err();
+    fn words(error: &reqwest::Error) -> String {
         let mut words = String::new();
-        let mut cause: Option<&dyn std::error::Error> = Some(&error);
+        let mut cause: Option<&dyn std::error::Error> = Some(error);
         while let Some(error) = cause {
             words += &error.to_string();
             cause = error.source();
         }
+        words
+    }
+
+    #[tokio::test]
+    async fn a_name_of_this_machine_is_not_reached() {
+        let client = Reach::Public.client().build().unwrap();
+        let words = words(&client.get("http://localhost:1/").send().await.unwrap_err());
         assert!(words.contains("no public address"), "{words}");
+    }
+
+    #[test]
+    fn a_redirect_keeps_to_public_addresses_and_to_https_and_ends() {
+        let url = |text: &str| Url::parse(text).unwrap();
+        let check = |reach: Reach, previous: &[&str], next: &str| {
+            let previous: Vec<_> = previous.iter().map(|text| url(text)).collect();
+            reach.check_redirect(&previous, &url(next))
+        };
+        let (plain, safe) = ("http://a.example/", "https://a.example/");
+        for (reach, previous, next, word) in [
+            (Reach::Public, [safe].as_slice(), "https://b.example/", None),
+            (Reach::Public, &[plain], safe, None),
+            (Reach::Public, &[plain], plain, None),
+            (Reach::Public, &[safe], "https://10.0.0.1/", Some("public")),
+            (Reach::Public, &[safe], "https://[::1]/", Some("public")),
+            (Reach::Everywhere, &[safe], "https://10.0.0.1/", None),
+            (Reach::Everywhere, &[safe], plain, Some("https to http")),
+            // What counts is where the redirect comes from.
+            (Reach::Everywhere, &[plain, safe], plain, Some("https to http")),
+            (Reach::Everywhere, &[safe; 5], safe, None),
+            (Reach::Everywhere, &[safe; 6], safe, Some("more than 5")),
+        ] {
+            let refused = check(reach, previous, next).err();
+            let expected = match (&refused, word) {
+                (Some(refused), Some(word)) => refused.contains(word),
+                (refused, word) => refused.is_none() && word.is_none(),
+            };
+            assert!(expected, "{previous:?} {next}: {refused:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_public_server_does_not_lead_inside() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (seen, seen_by_server) = std::sync::mpsc::channel();
+        let router = axum::Router::new().fallback(async move |uri: axum::http::Uri| {
+            seen.send(uri.path().to_owned()).unwrap();
+            let host = if uri.path() == "/address" { "127.0.0.1" } else { "localhost" };
+            axum::response::Redirect::temporary(&format!("http://{host}:{}/in", address.port()))
+        });
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        // A name whose address is not looked up stands for a public server.
+        let client = Reach::Public.client().resolve("public.example", address).build().unwrap();
+        for (path, word) in [("/address", "not a public"), ("/name", "no public address")] {
+            let url = format!("http://public.example:{}{path}", address.port());
+            let words = words(&client.get(url).send().await.unwrap_err());
+            assert!(words.contains(word), "{words}");
+            assert_eq!(seen_by_server.try_iter().collect::<Vec<_>>(), [path]);
+        }
     }
 }

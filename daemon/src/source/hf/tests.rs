@@ -42,6 +42,8 @@ enum Mood {
     Unauthorized,
     Forbidden,
     NoSuchModel,
+    /// Everybody sees the list of files.
+    Gated,
     /// Content lies on another server.
     Redirects,
     Overloaded {
@@ -72,7 +74,7 @@ fn sha(bytes: &[u8]) -> String {
 fn listing(hub: &Hub) -> Response {
     let lfs = serde_json::json!({"sha256": sha(&hub.weights), "size": hub.weights.len()});
     axum::Json(serde_json::json!({
-        "sha": "c0ffee", "unknown": 1,
+        "sha": "c0ffee", "unknown": 1, "gated": if hub.mood == Mood::Gated { "manual".into() } else { serde_json::Value::from(false) },
         "siblings": [
             {"rfilename": "config.json", "size": CONFIG.len(), "blobId": CONFIG_BLOB},
             {"rfilename": "model.safetensors", "size": hub.weights.len(), "blobId": "0", "lfs": lfs},
@@ -158,6 +160,7 @@ async fn answer(State(hub): State<Arc<Hub>>, request: Request) -> Response {
             .header(LOCATION, format!("{other}{path}"))
             .body(Body::empty())
             .unwrap(),
+        (Mood::Gated, _) if header(AUTHORIZATION) != Some("Bearer hf_x") => status(403),
         _ => content(&hub, &request),
     }
 }
@@ -276,11 +279,16 @@ async fn lengths_and_contents_that_differ_are_refused_and_leave_no_file() {
 async fn refusals_name_the_token_or_the_model() {
     for (mood, word) in [
         (Mood::Unauthorized, "HF_TOKEN"),
-        (Mood::Forbidden, "HF_TOKEN"),
+        (Mood::Forbidden, "secretRef"),
         (Mood::NoSuchModel, "no such"),
     ] {
-        let error = setup(mood).await.fetch().await.unwrap_err().to_string();
+        let mut setup = setup(mood).await;
+        let error = setup.fetch().await.unwrap_err().to_string();
         assert!(error.contains(word) && error.contains("org/name"), "{error}");
+        setup.config.token = crate::source::Token::new("hf_x".into());
+        let error = setup.fetch().await.unwrap_err().to_string();
+        // Where the token came from is not known here.
+        assert!(!error.contains("HF_TOKEN") && error.contains("org/name"), "{error}");
     }
 }
 
@@ -297,6 +305,30 @@ async fn a_token_is_shown_to_the_hub_and_not_to_whom_it_redirects_to() {
     assert_eq!(shown(&hub), hub.seen.lock().unwrap().len());
     assert_eq!(shown(&other), 0);
     assert!(!other.seen.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_gated_model_is_not_served_from_the_cache_to_who_may_not_read_it() {
+    let mut setup = setup(Mood::Gated).await;
+    setup.config.token = crate::source::Token::new("hf_x".into());
+    setup.assert_whole().await;
+    setup.assert_whole().await;
+    for other in [crate::source::Token::new("hf_y".into()), None] {
+        setup.config.token = other;
+        let error = setup.fetch().await.unwrap_err().to_string();
+        assert!(error.contains("403") && error.contains("org/name"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn redirects_come_to_an_end() {
+    let (hub, endpoint) = start(Mood::Redirects, Some(String::new())).await;
+    let cache = tempfile::tempdir().unwrap();
+    let config = HubConfig { endpoint, cache: cache.path().to_owned(), ..hub_config() };
+    let setup = Setup { hub, config, _cache: cache };
+    let error = setup.fetch().await.unwrap_err().to_string();
+    assert!(error.contains("more than 5 redirects"), "{error}");
+    assert_eq!(setup.hub.seen.lock().unwrap().len(), 1 + 6, "the list, and the file six times");
 }
 
 #[tokio::test]

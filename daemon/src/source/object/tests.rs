@@ -25,8 +25,12 @@ struct Server {
     /// What the Authorization header must begin with.
     authorization: Option<&'static str>,
     redirect: Option<String>,
+    /// Content waits for a permit.
+    gate: Option<tokio::sync::Semaphore>,
     /// Method, path and range of each request.
     seen: Mutex<Vec<String>>,
+    /// The Authorization headers.
+    shown: Mutex<Vec<String>>,
 }
 
 async fn serve(State(server): State<std::sync::Arc<Server>>, request: HttpRequest) -> Response {
@@ -36,6 +40,7 @@ async fn serve(State(server): State<std::sync::Arc<Server>>, request: HttpReques
     server.seen.lock().unwrap_or_else(PoisonError::into_inner).push(line);
     let shown =
         request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+    server.shown.lock().unwrap().extend(shown.clone());
     if let Some(wanted) = server.authorization
         && !shown.unwrap_or_default().starts_with(wanted)
     {
@@ -50,7 +55,11 @@ async fn serve(State(server): State<std::sync::Arc<Server>>, request: HttpReques
     let from = range
         .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok())
         .unwrap_or(0);
-    content(&server, from, request.method() == "HEAD")
+    let is_head = request.method() == "HEAD";
+    if let Some(gate) = server.gate.as_ref().filter(|_| !is_head) {
+        gate.acquire().await.unwrap().forget();
+    }
+    content(&server, from, is_head)
 }
 
 fn content(server: &Server, from: usize, is_head: bool) -> Response {
@@ -116,7 +125,8 @@ impl Bench {
         sha256: Option<&str>,
     ) -> Result<PathBuf, ObjectError> {
         let uri = format!("{}/a/m.gguf", self.url);
-        self.objects.fetch(&Request { uri: &uri, credential, sha256 }, &|_| {}).await
+        let held = self.objects.fetch(&Request { uri: &uri, credential, sha256 }, &|_| {}).await?;
+        Ok(held.entry().to_owned())
     }
 
     async fn fetch_s3(&self, credential: &Credential) -> Result<PathBuf, ObjectError> {
@@ -124,7 +134,22 @@ impl Bench {
             Credential { aws_endpoint_url: Some(self.url.clone()), ..credential.clone() };
         let request =
             Request { uri: "s3://bucket/a/m.gguf", credential: &credential, sha256: None };
-        self.objects.fetch(&request, &|_| {}).await
+        Ok(self.objects.fetch(&request, &|_| {}).await?.entry().to_owned())
+    }
+
+    /// Fetches `/{name}.gguf`.
+    async fn fetch_named(&self, name: &str) -> Result<Held, ObjectError> {
+        let (uri, credential) = (format!("{}/{name}.gguf", self.url), Credential::default());
+        let request = Request { uri: &uri, credential: &credential, sha256: None };
+        let fetched = self.objects.fetch(&request, &|_| {});
+        tokio::time::timeout(Duration::from_secs(10), fetched).await.expect("an answer in time")
+    }
+
+    /// Gives all files together so many bytes.
+    fn limit(&mut self, bytes: u64) {
+        let folders = ["partial", "sha256"].map(|name| self.objects.folder.join(name)).to_vec();
+        let links = vec![self.objects.folder.join("versions")];
+        self.objects.room = Room::new(folders, links, Some(bytes));
     }
 
     fn seen(&self) -> Vec<String> {
@@ -175,9 +200,11 @@ async fn refusals_are_told_apart() {
         ),
         (StatusCode::FORBIDDEN, |error| matches!(error, ObjectError::Refused { .. })),
         (StatusCode::NOT_FOUND, |error| matches!(error, ObjectError::NotFound { .. })),
-        (StatusCode::INTERNAL_SERVER_ERROR, |error| {
-            matches!(error, ObjectError::Unreachable { .. })
-        }),
+        (StatusCode::INTERNAL_SERVER_ERROR, ObjectError::is_away),
+        (StatusCode::SERVICE_UNAVAILABLE, ObjectError::is_away),
+        (StatusCode::TOO_MANY_REQUESTS, ObjectError::is_away),
+        (StatusCode::BAD_REQUEST, |error| matches!(error, ObjectError::BadAnswer { .. })),
+        (StatusCode::GONE, |error| matches!(error, ObjectError::BadAnswer { .. })),
     ] {
         let bench = Bench::new(Server { status: Some(status), ..Server::default() }).await;
         let error = bench.fetch(&Credential::default(), None).await.unwrap_err();
@@ -237,23 +264,84 @@ async fn private_addresses_are_refused_before_anything_is_sent() {
 }
 
 #[tokio::test]
-async fn a_redirect_takes_no_token_to_another_host() {
-    let other = Bench::new(Server { authorization: Some(""), ..Server::default() }).await;
+async fn a_redirect_takes_no_token_and_no_signature_to_another_host() {
+    let other = Bench::new(Server::default()).await;
     // Another port is another host to HTTP clients.
     let redirect = Some(format!("{}/elsewhere.gguf", other.url));
-    let bench =
-        Bench::new(Server { authorization: Some("Bearer good"), redirect, ..Server::default() })
-            .await;
-    let good = Credential { token: token("good"), ..Credential::default() };
-    drop(bench.fetch(&good, None).await);
-    assert!(other.seen().iter().all(|line| line.contains("/elsewhere.gguf")));
+    let bench = Bench::new(Server { redirect, ..Server::default() }).await;
+    let token = Credential { token: token("good"), ..Credential::default() };
+    let keys = Credential {
+        aws_access_key_id: self::token("id"),
+        aws_secret_access_key: self::token("key"),
+        ..Credential::default()
+    };
+    let brought = [bench.fetch(&token, None).await, bench.fetch_s3(&keys).await];
+    assert!(brought.iter().all(|path| std::fs::read(path.as_ref().unwrap()).unwrap() == CONTENT));
+    let shown = bench.server.shown.lock().unwrap().join(" ");
+    assert!(shown.contains("Bearer good") && shown.contains("Credential=id/"), "{shown}");
+    let asked = ["HEAD /elsewhere.gguf ", "GET /elsewhere.gguf "];
+    assert_eq!(other.seen(), [asked, asked].concat());
+    assert!(other.server.shown.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn redirects_come_to_an_end() {
+    let redirect = Some("/again.gguf".into());
+    let bench = Bench::new(Server { redirect, ..Server::default() }).await;
+    let error = bench.fetch(&Credential::default(), None).await.unwrap_err();
+    assert!(matches!(&error, ObjectError::BadAnswer { .. }), "{error:?}");
+    assert!(error.to_string().contains("more than 5 redirects"), "{error}");
+    assert_eq!(bench.seen().len(), 6);
+}
+
+#[tokio::test]
+async fn what_one_server_gave_is_not_served_as_anothers() {
+    let first = Bench::new(Server::default()).await;
+    first.fetch_s3(&Credential::default()).await.unwrap();
+    let mut second = Bench::new(Server::default()).await;
+    second.objects.folder = first.objects.folder.clone();
+    second.fetch_s3(&Credential::default()).await.unwrap();
+    assert_eq!(second.seen().len(), 2, "its own was fetched: {:?}", second.seen());
 }
 
 #[tokio::test]
 async fn a_full_cache_is_said_before_the_download_begins() {
     let mut bench = Bench::new(Server::default()).await;
-    bench.objects.room = Room::new(|wanted| if wanted > 2 { Err(2) } else { Ok(()) });
+    bench.limit(2);
     let error = bench.fetch(&Credential::default(), None).await.unwrap_err();
     assert!(matches!(error, ObjectError::DiskFull { wanted: 3, free: 2, .. }), "{error:?}");
     assert_eq!(bench.seen(), ["HEAD /a/m.gguf "]);
+}
+
+#[tokio::test]
+async fn what_was_brought_is_held_until_it_is_let_go() {
+    let mut bench = Bench::new(Server::default()).await;
+    bench.limit(5);
+    for _ in ["fetched", "known"] {
+        let held = bench.fetch_named("a").await.unwrap();
+        let error = bench.fetch_named("b").await.unwrap_err();
+        assert!(matches!(error, ObjectError::DiskFull { free: 2, .. }), "{error:?}");
+        assert!(held.entry().exists());
+    }
+    let _second = bench.fetch_named("b").await.unwrap();
+    let links = std::fs::read_dir(bench.objects.folder.join("versions")).unwrap();
+    assert_eq!(links.count(), 1, "the first went with its content");
+}
+
+#[tokio::test]
+async fn a_download_that_runs_keeps_its_bytes_from_the_next() {
+    let gate = Some(tokio::sync::Semaphore::new(0));
+    let mut bench = Bench::new(Server { gate, ..Server::default() }).await;
+    bench.limit(5);
+    let (first, second) = tokio::join!(bench.fetch_named("a"), async {
+        while !bench.seen().iter().any(|line| line.starts_with("GET")) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let second = bench.fetch_named("b").await;
+        bench.server.gate.as_ref().unwrap().add_permits(1);
+        second
+    });
+    assert!(first.unwrap().entry().exists());
+    let error = second.unwrap_err();
+    assert!(matches!(error, ObjectError::DiskFull { wanted: 3, free: 2, .. }), "{error:?}");
 }

@@ -71,13 +71,30 @@ fn quantize_tile_body(x: &[f32], cols: usize, tile: &mut [Block]) {
     }
 }
 
+/// The largest magnitude, by 16 lanes.
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; BLOCK / 2];
+    for x in x.chunks_exact(BLOCK / 2) {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            let size = x.abs();
+            *lane = if size > *lane { size } else { *lane };
+        }
+    }
+    let mut width = BLOCK / 4;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation, reason = "clamped to 8 bits")]
 fn quantize(x: &[f32], row: usize, block: &mut Block) {
-    let mut largest = 0.0_f32;
-    for x in x {
-        largest = largest.max(x.abs());
-    }
+    let largest = largest(x);
     let scale = largest / 127.0;
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
     let mut quants = [0_i8; BLOCK];

@@ -1,10 +1,14 @@
-//! The KV arena: [blocks][layers][K and V][kv heads][block size][head_dim]. Block-major, so that one block is one piece.
+//! The KV arena: [blocks][layers][K, then V][kv heads]{K: [head_dim][block size], V: [block size][head_dim]}. Block-major, so
+//! that one block is one piece; K by dimension, so that the scores of 16 positions are 16 lanes.
+
+use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 use super::error::{KernelError, expect_below, expect_len};
+use super::lanes::{Lanes, ROWS};
 
 /// How K and V are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +82,7 @@ pub struct KvArena {
 
 /// K or V.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Side {
+enum Side {
     Key,
     Value,
 }
@@ -133,16 +137,28 @@ impl KvArena {
         expect_below("the slots to copy", slots as usize, block_size as usize + 1)?;
         let run = block_size as usize * head_dim as usize;
         let block = run * 2 * layers as usize * kv_heads as usize;
-        let len = slots as usize * head_dim as usize;
+        let (size, slots) = (block_size as usize, slots as usize);
         for start in (0..block).step_by(run) {
             let (source, target) = (from as usize * block + start, to as usize * block + start);
-            match &mut self.values {
-                Values::F32(values) => values.copy_within(source..source + len, target),
-                Values::F16(values) => values.copy_within(source..source + len, target),
-                Values::BF16(values) => values.copy_within(source..source + len, target),
+            let is_key = (start / run / kv_heads as usize).is_multiple_of(2);
+            let (pieces, stride, len) = if is_key {
+                (head_dim as usize, size, slots)
+            } else {
+                (1, run, slots * head_dim as usize)
+            };
+            for at in (0..pieces).map(|piece| piece * stride) {
+                self.copy_values(source + at..source + at + len, target + at);
             }
         }
         Ok(())
+    }
+
+    fn copy_values(&mut self, from: Range<usize>, to: usize) {
+        match &mut self.values {
+            Values::F32(values) => values.copy_within(from, to),
+            Values::F16(values) => values.copy_within(from, to),
+            Values::BF16(values) => values.copy_within(from, to),
+        }
     }
 
     /// Stores a layer's K and V. `k`, `v`: [tokens, kv_heads * head_dim]; `slots`: [tokens], block x block size + offset.
@@ -172,27 +188,78 @@ impl KvArena {
 
     fn store_token(&mut self, layer: u32, slot: u32, side: Side, row: &[f32]) {
         let (block, offset) = (slot / self.shape.block_size, slot % self.shape.block_size);
-        let head_dim = self.shape.head_dim as usize;
+        let (head_dim, size) = (self.shape.head_dim as usize, self.shape.block_size as usize);
         for (head, source) in row.chunks_exact(head_dim).enumerate() {
-            let at = self.first_of(layer, block, side, head) + offset as usize * head_dim;
-            match &mut self.values {
-                Values::F32(values) => values[at..at + head_dim].copy_from_slice(source),
-                Values::F16(values) => values[at..at + head_dim].convert_from_f32_slice(source),
-                Values::BF16(values) => values[at..at + head_dim].convert_from_f32_slice(source),
+            let first = self.first_of(layer, block, side, head);
+            let (first, step) = match side {
+                Side::Key => (first + offset as usize, size),
+                Side::Value => (first + offset as usize * head_dim, 1),
+            };
+            for (chunk, source) in source.chunks(ROWS).enumerate() {
+                self.store_chunk(first + chunk * ROWS * step, step, source);
             }
         }
     }
 
-    /// Copies `len` slots of one head, from slot `offset` of a block, into `out`: [len, head_dim].
+    /// Stores up to 16 values, `step` apart.
+    fn store_chunk(&mut self, first: usize, step: usize, source: &[f32]) {
+        let places = (first..).step_by(step);
+        match &mut self.values {
+            Values::F32(values) => {
+                places.zip(source).for_each(|(at, value)| values[at] = *value);
+            }
+            Values::F16(values) => {
+                let mut narrow = [f16::ZERO; ROWS];
+                let narrow = &mut narrow[..source.len()];
+                narrow.convert_from_f32_slice(source);
+                places.zip(narrow).for_each(|(at, value)| values[at] = *value);
+            }
+            Values::BF16(values) => {
+                places.zip(source).for_each(|(at, value)| values[at] = bf16::from_f32(*value));
+            }
+        }
+    }
+
+    /// Widens slots of one head's K. `out`: [head_dim][`stride`], of which the first `slots.len()` columns are written.
     #[inline(always)]
-    pub(crate) fn load(&self, place: Place, offset: usize, len: usize, out: &mut [f32]) {
+    pub(crate) fn load_keys<L: Lanes>(
+        &self,
+        place: Place,
+        slots: Range<usize>,
+        stride: usize,
+        out: &mut [f32],
+    ) {
+        let size = self.shape.block_size as usize;
+        let first = self.first_of(place.layer, place.block, Side::Key, place.head);
+        for dimension in 0..self.shape.head_dim as usize {
+            let from = first + dimension * size;
+            let out = &mut out[dimension * stride..][..slots.len()];
+            self.widen::<L>(from + slots.start..from + slots.end, out);
+        }
+    }
+
+    /// Widens slots of one head's V. `out`: [slots][`stride`].
+    #[inline(always)]
+    pub(crate) fn load_values<L: Lanes>(
+        &self,
+        place: Place,
+        slots: Range<usize>,
+        stride: usize,
+        out: &mut [f32],
+    ) {
         let head_dim = self.shape.head_dim as usize;
-        let at =
-            self.first_of(place.layer, place.block, place.side, place.head) + offset * head_dim;
-        let range = at..at + len * head_dim;
+        let first = self.first_of(place.layer, place.block, Side::Value, place.head);
+        for (slot, out) in slots.zip(out.chunks_exact_mut(stride)) {
+            let from = first + slot * head_dim;
+            self.widen::<L>(from..from + head_dim, &mut out[..head_dim]);
+        }
+    }
+
+    #[inline(always)]
+    fn widen<L: Lanes>(&self, range: Range<usize>, out: &mut [f32]) {
         match &self.values {
             Values::F32(values) => out.copy_from_slice(&values[range]),
-            Values::F16(values) => values[range].convert_to_f32_slice(out),
+            Values::F16(values) => widen_halves::<L>(values[range].reinterpret_cast(), out),
             Values::BF16(values) => {
                 for (out, value) in out.iter_mut().zip(&values[range]) {
                     *out = f32::from_bits(u32::from(value.to_bits()) << 16);
@@ -218,6 +285,18 @@ impl KvArena {
     }
 }
 
+#[inline(always)]
+fn widen_halves<L: Lanes>(words: &[u16], out: &mut [f32]) {
+    let (chunks, places) = (words.chunks_exact(ROWS), out.chunks_exact_mut(ROWS));
+    let rest = words.len() / ROWS * ROWS;
+    for (words, out) in chunks.zip(places) {
+        L::store(L::half_words(words), out);
+    }
+    for (word, out) in words[rest..].iter().zip(&mut out[rest..]) {
+        *out = super::panel::widen_f16(*word);
+    }
+}
+
 /// Writes to every page of `values`, which are zero already.
 fn touch<T: Copy>(values: &mut [T], zero: T) {
     values
@@ -231,6 +310,5 @@ fn touch<T: Copy>(values: &mut [T], zero: T) {
 pub(crate) struct Place {
     pub(crate) layer: u32,
     pub(crate) block: u32,
-    pub(crate) side: Side,
     pub(crate) head: usize,
 }

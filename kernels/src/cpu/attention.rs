@@ -2,23 +2,33 @@
 //!
 //! The softmax is computed on the fly (Milakov and Gimelshein, arXiv 1805.02867) over tiles of 32 positions that begin
 //! at multiples of 32, whatever the block size, the chunk or the batch: so a token's result is always the same to the
-//! bit. A tile is gathered through the block table and widened once for the tokens and heads that share it.
+//! bit. A tile is gathered through the block table and widened once for the tokens and heads that share it. Scores of 16
+//! positions are 16 lanes, and so are 16 numbers of an output.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::arena::{KvArena, Place, Side};
+use super::arena::{KvArena, Place};
 use super::error::{KernelError, expect_below, expect_len};
 use super::exp::exp;
-use super::instructions::dispatched;
-use super::norm::dot;
+use super::instructions::{InstructionSet, instruction_set};
+use super::lanes::{Lanes, Portable, ROWS};
+#[cfg(target_arch = "x86_64")]
+use super::lanes_x86::{Avx2, Avx512};
 
 /// Positions of a tile.
 const TILE: usize = 32;
 /// Tokens that share a gathered tile.
 const GROUP: usize = 8;
+/// Heads whose scores and outputs are in registers together.
+const HEADS: usize = 4;
+/// Multiply-adds that are worth another thread.
+const TASK: usize = 1 << 17;
+
+/// Scores, then weights, of a tile's positions.
+type Weights = [f32; TILE];
 
 /// How a layer attends.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -88,10 +98,21 @@ impl Out {
 /// A task's buffers, kept by its thread.
 #[derive(Debug, Default)]
 struct Scratch {
+    /// [head_dim][TILE]
     k: Vec<f32>,
+    /// [TILE][head_dim rounded up to lanes]
     v: Vec<f32>,
-    /// [queries] running maximum and sum of the softmax.
-    states: Vec<[f32; 2]>,
+    /// [queries][head_dim rounded up to lanes] weighted sums of V.
+    sums: Vec<f32>,
+    /// [queries]
+    states: Vec<State>,
+}
+
+/// A query's softmax so far.
+#[derive(Debug, Clone, Copy)]
+struct State {
+    most: f32,
+    sum: f32,
 }
 
 thread_local! {
@@ -133,20 +154,18 @@ impl KvArena {
             .iter()
             .map(|span| span.tokens.len() * (span.start as usize + span.tokens.len()))
             .sum();
-        if seen < 64 {
-            for span in spans {
-                for first in (0..span.tokens.len()).step_by(GROUP) {
-                    (0..kv_heads).for_each(|kv_head| task(span, first, kv_head));
-                }
-            }
-            return Ok(());
+        let of_span = |span: &AttendSpan<'_>| span.tokens.len().div_ceil(GROUP) * kv_heads;
+        let one = |span: &AttendSpan<'_>, index: usize| {
+            task(span, index / kv_heads * GROUP, index % kv_heads);
+        };
+        let width = attention.heads as usize * self.shape().head_dim as usize;
+        if 2 * seen * width < TASK {
+            spans.iter().for_each(|span| (0..of_span(span)).for_each(|index| one(span, index)));
+        } else {
+            spans.par_iter().for_each(|span| {
+                (0..of_span(span)).into_par_iter().for_each(|index| one(span, index));
+            });
         }
-        spans.par_iter().for_each(|span| {
-            let groups = span.tokens.len().div_ceil(GROUP);
-            (0..groups * kv_heads)
-                .into_par_iter()
-                .for_each(|index| task(span, index / kv_heads * GROUP, index % kv_heads));
-        });
         Ok(())
     }
 
@@ -192,72 +211,128 @@ impl KvArena {
         Ok(())
     }
 
-    /// Gathers positions `from..to` of a sequence into `out`.
+    /// Gathers the positions of a tile that are before `to`. K's other columns hold what their slots hold, or nothing new.
     #[inline(always)]
-    fn gather(&self, place: Place, table: &[u32], from: usize, to: usize, out: &mut [f32]) {
+    fn gather<L: Lanes>(
+        &self,
+        place: Place,
+        table: &[u32],
+        tile: usize,
+        to: usize,
+        at: Gathered<'_>,
+    ) {
         let size = self.shape().block_size as usize;
-        let head_dim = self.shape().head_dim as usize;
-        let mut position = from;
+        let mut position = tile;
         while position < to {
-            let offset = position % size;
-            let len = (size - offset).min(to - position);
-            let at = (position - from) * head_dim;
-            let place = Place { block: table[position / size], ..place };
-            self.load(place, offset, len, &mut out[at..at + len * head_dim]);
-            position += len;
+            let (index, offset) = (position / size, position % size);
+            let place = Place { block: table[index], ..place };
+            let first = position - tile;
+            // As much of the block as the tile has room for: whole vectors.
+            let keys = (size - offset).min(TILE - first);
+            self.load_keys::<L>(place, offset..offset + keys, TILE, &mut at.k[first..]);
+            let values = keys.min(to - position);
+            let v = &mut at.v[first * at.stride..];
+            self.load_values::<L>(place, offset..offset + values, at.stride, v);
+            position += keys;
         }
     }
 }
 
-fn run(shared: Shared<'_>, task: Task<'_>) {
-    SCRATCH.with_borrow_mut(|scratch| run_in(shared, task, scratch));
+/// Where a tile is gathered.
+struct Gathered<'a> {
+    k: &'a mut [f32],
+    v: &'a mut [f32],
+    /// Numbers from one row of V to the next.
+    stride: usize,
 }
 
-dispatched! {
-    fn run_in(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) => run_body
+fn run(shared: Shared<'_>, task: Task<'_>) {
+    SCRATCH.with_borrow_mut(|scratch| run_with(instruction_set(), shared, task, scratch));
+}
+
+fn run_with(set: InstructionSet, shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
+            body::<Avx2>(shared, task, scratch);
+        }
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+        fn avx512(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
+            body::<Avx512>(shared, task, scratch);
+        }
+        match set {
+            // SAFETY: the processor has these instructions, `instruction_set` asked it.
+            InstructionSet::Avx2Fma => unsafe { avx2(shared, task, scratch) },
+            // SAFETY: as above.
+            InstructionSet::Avx512 => unsafe { avx512(shared, task, scratch) },
+            InstructionSet::Portable => body::<Portable>(shared, task, scratch),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = set;
+        body::<Portable>(shared, task, scratch);
+    }
 }
 
 #[inline(always)]
-fn run_body(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
-    let Scratch { k, v, states } = scratch;
+fn body<L: Lanes>(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
     let shape = shared.arena.shape();
     let head_dim = shape.head_dim as usize;
+    let stride = head_dim.next_multiple_of(ROWS);
     let group = (shared.attention.heads / shape.kv_heads) as usize;
-    k.resize(TILE * head_dim, 0.0);
-    v.resize(TILE * head_dim, 0.0);
-    states.clear();
-    states.resize(task.tokens * group, [f32::NEG_INFINITY, 0.0]);
-    for token in 0..task.tokens {
-        outputs(shared, task, token).fill(0.0);
-    }
+    scratch.prepare(head_dim, stride, task.tokens * group);
+    let Scratch { k, v, sums, states } = scratch;
     let end = task.first_position + task.tokens;
     let begin = seen_from(shared.attention, task.first_position);
+    let place = Place { layer: shared.attention.layer, block: 0, head: task.kv_head };
     for tile in (begin / TILE * TILE..end).step_by(TILE) {
         let to = end.min(tile + TILE);
-        let place =
-            Place { layer: shared.attention.layer, block: 0, side: Side::Key, head: task.kv_head };
-        shared.arena.gather(place, task.table, tile, to, k);
-        shared.arena.gather(Place { side: Side::Value, ..place }, task.table, tile, to, v);
+        let gathered = Gathered { k: &mut *k, v: &mut *v, stride };
+        shared.arena.gather::<L>(place, task.table, tile, to, gathered);
         for token in 0..task.tokens {
             let position = task.first_position + token;
             let seen = seen_from(shared.attention, position).max(tile)..(position + 1).min(to);
             if !seen.is_empty() {
-                let states = &mut states[token * group..(token + 1) * group];
-                take_tile(
-                    shared,
-                    task,
-                    token,
-                    seen.start - tile..seen.end - tile,
-                    Tile { k, v, states },
-                );
+                let of_token = token * group..(token + 1) * group;
+                let taken = Taken {
+                    attention: shared.attention,
+                    head_dim,
+                    stride,
+                    seen: seen.start - tile..seen.end - tile,
+                    k,
+                    v,
+                };
+                let q = &shared.q[queries(shared, task, token)];
+                let sums = &mut sums[of_token.start * stride..of_token.end * stride];
+                taken.by_all::<L>(q, sums, &mut states[of_token]);
             }
         }
     }
     for token in 0..task.tokens {
-        let heads = outputs(shared, task, token).chunks_exact_mut(head_dim);
-        for (out, [_, sum]) in heads.zip(&states[token * group..]) {
-            out.iter_mut().for_each(|value| *value /= sum);
+        let range = queries(shared, task, token);
+        // SAFETY: the rows of a task's tokens and the heads of its KV head are no other task's, and spans do not overlap
+        // (`check`).
+        let out = unsafe { shared.out.row(range) };
+        let sums = sums.chunks_exact(stride).zip(&*states).skip(token * group);
+        for (out, (sums, state)) in out.chunks_exact_mut(head_dim).zip(sums) {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = sum / state.sum;
+            }
         }
+    }
+}
+
+impl Scratch {
+    #[inline(always)]
+    fn prepare(&mut self, head_dim: usize, stride: usize, queries: usize) {
+        self.k.resize(TILE * head_dim, 0.0);
+        self.v.resize(TILE * stride, 0.0);
+        self.sums.clear();
+        self.sums.resize(queries * stride, 0.0);
+        self.states.clear();
+        self.states.resize(queries, State { most: f32::NEG_INFINITY, sum: 0.0 });
     }
 }
 
@@ -267,15 +342,7 @@ fn seen_from(attention: Attention, position: usize) -> usize {
     attention.window.map_or(0, |window| (position + 1).saturating_sub(window as usize))
 }
 
-/// The heads of the task's KV head in a token's row of the output.
-#[inline(always)]
-fn outputs<'a>(shared: Shared<'a>, task: Task<'_>, token: usize) -> &'a mut [f32] {
-    let range = queries(shared, task, token);
-    // SAFETY: the rows of a task's tokens and the heads of its KV head are no other task's, spans do not overlap
-    // (`check`), and the result is used before the next call.
-    unsafe { shared.out.row(range) }
-}
-
+/// The heads of the task's KV head in a token's row of q and of the output.
 #[inline(always)]
 fn queries(shared: Shared<'_>, task: Task<'_>, token: usize) -> Range<usize> {
     let shape = shared.arena.shape();
@@ -286,39 +353,137 @@ fn queries(shared: Shared<'_>, task: Task<'_>, token: usize) -> Range<usize> {
     first..first + group * head_dim
 }
 
-/// A gathered tile and the softmax of the heads that take it in.
-struct Tile<'a> {
+/// A gathered tile and what a token sees of it.
+struct Taken<'a> {
+    attention: Attention,
+    head_dim: usize,
+    stride: usize,
+    seen: Range<usize>,
     k: &'a [f32],
     v: &'a [f32],
-    states: &'a mut [[f32; 2]],
 }
 
-#[inline(always)]
-fn take_tile(shared: Shared<'_>, task: Task<'_>, token: usize, seen: Range<usize>, tile: Tile<'_>) {
-    let head_dim = shared.arena.shape().head_dim as usize;
-    let q = &shared.q[queries(shared, task, token)];
-    let outs = outputs(shared, task, token).chunks_exact_mut(head_dim);
-    for ((q, out), state) in q.chunks_exact(head_dim).zip(outs).zip(tile.states) {
-        let mut scores = [0.0_f32; TILE];
-        let mut most = state[0];
-        for j in seen.clone() {
-            let score = dot(q, &tile.k[j * head_dim..(j + 1) * head_dim]) * shared.attention.scale;
-            scores[j] = shared.attention.soft_cap.map_or(score, |cap| cap * tanh(score / cap));
-            most = most.max(scores[j]);
-        }
-        let fade = exp(state[0] - most);
-        let mut sum = state[1] * fade;
-        out.iter_mut().for_each(|value| *value *= fade);
-        for j in seen.clone() {
-            let weight = exp(scores[j] - most);
-            sum += weight;
-            let v = &tile.v[j * head_dim..(j + 1) * head_dim];
-            for (out, v) in out.iter_mut().zip(v) {
-                *out = weight.mul_add(*v, *out);
+impl Taken<'_> {
+    /// Takes the tile into every head. `q`: [heads][head_dim], `sums`: [heads][stride].
+    #[inline(always)]
+    fn by_all<L: Lanes>(&self, q: &[f32], sums: &mut [f32], states: &mut [State]) {
+        let heads = states.chunks_mut(HEADS);
+        let sums = sums.chunks_mut(HEADS * self.stride);
+        for ((states, sums), q) in heads.zip(sums).zip(q.chunks(HEADS * self.head_dim)) {
+            match states.len() {
+                4 => self.by::<L, 4>(q, sums, states),
+                3 => self.by::<L, 3>(q, sums, states),
+                2 => self.by::<L, 2>(q, sums, states),
+                _ => self.by::<L, 1>(q, sums, states),
             }
         }
-        *state = [most, sum];
     }
+
+    #[inline(always)]
+    fn by<L: Lanes, const H: usize>(&self, q: &[f32], sums: &mut [f32], states: &mut [State]) {
+        let mut weights = self.scores::<L, H>(q);
+        let mut fades = [0.0; H];
+        for ((weights, state), fade) in weights.iter_mut().zip(states).zip(&mut fades) {
+            *fade = self.soften(weights, state);
+        }
+        // As many outputs as registers hold.
+        let mut column = 0;
+        while column + 4 * ROWS <= self.stride {
+            self.weigh::<L, H, 4>(&weights, fades, column, sums);
+            column += 4 * ROWS;
+        }
+        while column < self.stride {
+            self.weigh::<L, H, 1>(&weights, fades, column, sums);
+            column += ROWS;
+        }
+    }
+
+    /// q K^T of all positions of the tile, seen or not.
+    #[inline(always)]
+    fn scores<L: Lanes, const H: usize>(&self, q: &[f32]) -> [Weights; H] {
+        let mut dots = [[L::splat(0.0); 2]; H];
+        for (dimension, k) in self.k.chunks_exact(TILE).enumerate() {
+            let k = [L::load(k), L::load(&k[ROWS..])];
+            for (h, dots) in dots.iter_mut().enumerate() {
+                let q = L::splat(q[h * self.head_dim + dimension]);
+                dots[0] = L::multiply_add(q, k[0], dots[0]);
+                dots[1] = L::multiply_add(q, k[1], dots[1]);
+            }
+        }
+        let mut scores = [[0.0; TILE]; H];
+        for (scores, dots) in scores.iter_mut().zip(dots) {
+            L::store(dots[0], scores);
+            L::store(dots[1], &mut scores[ROWS..]);
+        }
+        scores
+    }
+
+    /// Turns scores into weights and takes them into the state; returns what earlier sums are multiplied with.
+    #[inline(always)]
+    fn soften(&self, weights: &mut Weights, state: &mut State) -> f32 {
+        for (j, weight) in weights.iter_mut().enumerate() {
+            let mut score = *weight * self.attention.scale;
+            if let Some(cap) = self.attention.soft_cap {
+                score = cap * tanh(score / cap);
+            }
+            let is_seen = j >= self.seen.start && j < self.seen.end;
+            *weight = if is_seen { score } else { f32::NEG_INFINITY };
+        }
+        let most = folded(*weights, |a, b| if a > b { a } else { b });
+        let most = if most > state.most { most } else { state.most };
+        for weight in weights.iter_mut() {
+            *weight = exp(*weight - most);
+        }
+        let fade = exp(state.most - most);
+        let sum = folded(*weights, |a, b| a + b);
+        *state = State { most, sum: state.sum.mul_add(fade, sum) };
+        fade
+    }
+
+    /// Adds the weighted V to `W` vectors of each head's sums, from `column` on.
+    #[inline(always)]
+    fn weigh<L: Lanes, const H: usize, const W: usize>(
+        &self,
+        weights: &[Weights; H],
+        fades: [f32; H],
+        column: usize,
+        sums: &mut [f32],
+    ) {
+        let mut all = [[L::splat(0.0); W]; H];
+        for (h, all) in all.iter_mut().enumerate() {
+            for (w, sum) in all.iter_mut().enumerate() {
+                let old = L::load(&sums[h * self.stride + column + w * ROWS..]);
+                *sum = L::multiply(old, L::splat(fades[h]));
+            }
+        }
+        for j in self.seen.clone() {
+            let v = &self.v[j * self.stride + column..][..W * ROWS];
+            for w in 0..W {
+                let v = L::load(&v[w * ROWS..]);
+                for h in 0..H {
+                    all[h][w] = L::multiply_add(L::splat(weights[h][j]), v, all[h][w]);
+                }
+            }
+        }
+        for (h, all) in all.into_iter().enumerate() {
+            for (w, sum) in all.into_iter().enumerate() {
+                L::store(sum, &mut sums[h * self.stride + column + w * ROWS..]);
+            }
+        }
+    }
+}
+
+/// Folds in halves: always the same order, and vectors as long as there are any.
+#[inline(always)]
+fn folded(mut lanes: Weights, fold: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = TILE / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = fold(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 #[inline(always)]
@@ -464,6 +629,36 @@ mod tests {
                 first.attend(&attention, &[span(0, 99), span(1, 5)], &q, &mut out).unwrap();
                 assert_eq!(out[..width], wanted[99 * width..]);
                 assert_eq!(out[width..], wanted[5 * width..6 * width]);
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_of_this_machine_gives_the_same_bits() {
+        for (attention, dtype) in
+            variants().into_iter().zip([KvDtype::F16, KvDtype::BF16, KvDtype::F32])
+        {
+            let (arena, table) = arena(100, 16, dtype);
+            let width = HEADS as usize * DIM;
+            let q: Vec<f32> = (92..100).flat_map(|token| row(token, width, 3)).collect();
+            let attended = |set| {
+                let mut out = vec![0.0; q.len()];
+                let at = Out { at: out.as_mut_ptr(), len: out.len() };
+                let shared = Shared { arena: &arena, attention, q: &q, out: at };
+                let task = Task {
+                    table: &table,
+                    first_token: 0,
+                    first_position: 92,
+                    tokens: 8,
+                    kv_head: 1,
+                };
+                run_with(set, shared, task, &mut Scratch::default());
+                out
+            };
+            let wanted = attended(InstructionSet::Portable);
+            assert!(wanted.iter().any(|value| *value != 0.0));
+            for &set in InstructionSet::all_here() {
+                assert_eq!(attended(set), wanted, "{set:?}, {attention:?}");
             }
         }
     }

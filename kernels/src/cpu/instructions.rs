@@ -11,6 +11,22 @@ pub enum InstructionSet {
     Avx512,
 }
 
+impl InstructionSet {
+    /// Those that this machine has, for tests that compare them.
+    #[cfg(test)]
+    pub(crate) fn all_here() -> &'static [Self] {
+        let sets: &[Self] = match instruction_set() {
+            Self::Portable => &[Self::Portable],
+            Self::Avx2Fma => &[Self::Portable, Self::Avx2Fma],
+            Self::Avx512 => &[Self::Portable, Self::Avx2Fma, Self::Avx512],
+        };
+        if sets.len() < 3 {
+            eprintln!("NOT RUN: what this machine has no instructions for; it has {sets:?}");
+        }
+        sets
+    }
+}
+
 /// The widest instructions of this machine.
 pub fn instruction_set() -> InstructionSet {
     static CHOSEN: OnceLock<InstructionSet> = OnceLock::new();

@@ -1,4 +1,4 @@
-//! Sixteen outputs side by side: what the quantized product asks of a processor, written once for each instruction set.
+//! Sixteen numbers side by side: what products and attention ask of a processor, written once for each instruction set.
 //! Sums of integers are exact and every float operation is the same, so all of them give the same bits.
 
 /// Rows of a panel: the lanes.
@@ -8,7 +8,7 @@ pub(crate) const DEPTH: usize = 4;
 /// Bytes of [`Lanes::Bytes`].
 pub(crate) const LANE_BYTES: usize = ROWS * DEPTH;
 
-/// The vectors of one instruction set. Only [`super::quantized`] uses them, in code compiled for that set.
+/// The vectors of one instruction set, used only in code that is compiled for it.
 pub(crate) trait Lanes: Copy {
     /// 16 f32.
     type Floats: Copy;
@@ -18,6 +18,10 @@ pub(crate) trait Lanes: Copy {
     type Sums: Copy;
 
     fn splat(value: f32) -> Self::Floats;
+    /// 16 of them.
+    fn load(values: &[f32]) -> Self::Floats;
+    /// 16 f16 by their bits, widened.
+    fn half_words(words: &[u16]) -> Self::Floats;
     /// 16 f16, widened. `bytes`: 32.
     fn halves(bytes: &[u8]) -> Self::Floats;
     /// 16 bytes as numbers from 0 on.
@@ -27,7 +31,7 @@ pub(crate) trait Lanes: Copy {
     fn multiply(a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// a * b + c, rounded once.
     fn multiply_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
-    fn store(values: Self::Floats, out: &mut [f32; ROWS]);
+    fn store(values: Self::Floats, out: &mut [f32]);
 
     /// 64 bytes.
     fn bytes(bytes: &[u8]) -> Self::Bytes;
@@ -59,6 +63,22 @@ impl Lanes for Portable {
     #[inline(always)]
     fn splat(value: f32) -> [f32; ROWS] {
         [value; ROWS]
+    }
+
+    #[inline(always)]
+    fn load(values: &[f32]) -> [f32; ROWS] {
+        let mut loaded = [0.0; ROWS];
+        loaded.copy_from_slice(&values[..ROWS]);
+        loaded
+    }
+
+    #[inline(always)]
+    fn half_words(words: &[u16]) -> [f32; ROWS] {
+        let mut values = [0.0; ROWS];
+        for (value, word) in values.iter_mut().zip(words) {
+            *value = super::panel::widen_f16(*word);
+        }
+        values
     }
 
     #[inline(always)]
@@ -105,8 +125,8 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn store(values: [f32; ROWS], out: &mut [f32; ROWS]) {
-        *out = values;
+    fn store(values: [f32; ROWS], out: &mut [f32]) {
+        out[..ROWS].copy_from_slice(&values);
     }
 
     #[inline(always)]

@@ -33,6 +33,18 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn load(values: &[f32]) -> __m512 {
+        let values = &values[..ROWS];
+        intrinsics!(_mm512_loadu_ps(values.as_ptr()))
+    }
+
+    #[inline(always)]
+    fn half_words(words: &[u16]) -> __m512 {
+        let words = &words[..ROWS];
+        intrinsics!(_mm512_cvtph_ps(_mm256_loadu_si256(words.as_ptr().cast())))
+    }
+
+    #[inline(always)]
     fn halves(bytes: &[u8]) -> __m512 {
         let bytes = &bytes[..2 * ROWS];
         intrinsics!(_mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().cast())))
@@ -65,7 +77,8 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn store(values: __m512, out: &mut [f32; ROWS]) {
+    fn store(values: __m512, out: &mut [f32]) {
+        let out = &mut out[..ROWS];
         intrinsics!(_mm512_storeu_ps(out.as_mut_ptr(), values));
     }
 
@@ -130,6 +143,21 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn load(values: &[f32]) -> [__m256; 2] {
+        let (low, high) = values[..ROWS].split_at(ROWS / 2);
+        intrinsics!([_mm256_loadu_ps(low.as_ptr()), _mm256_loadu_ps(high.as_ptr())])
+    }
+
+    #[inline(always)]
+    fn half_words(words: &[u16]) -> [__m256; 2] {
+        let (low, high) = words[..ROWS].split_at(ROWS / 2);
+        intrinsics!([
+            _mm256_cvtph_ps(_mm_loadu_si128(low.as_ptr().cast())),
+            _mm256_cvtph_ps(_mm_loadu_si128(high.as_ptr().cast())),
+        ])
+    }
+
+    #[inline(always)]
     fn halves(bytes: &[u8]) -> [__m256; 2] {
         let (low, high) = bytes[..2 * ROWS].split_at(ROWS);
         intrinsics!([
@@ -167,8 +195,8 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn store(values: [__m256; 2], out: &mut [f32; ROWS]) {
-        let (low, high) = out.split_at_mut(ROWS / 2);
+    fn store(values: [__m256; 2], out: &mut [f32]) {
+        let (low, high) = out[..ROWS].split_at_mut(ROWS / 2);
         intrinsics! {
             _mm256_storeu_ps(low.as_mut_ptr(), values[0]);
             _mm256_storeu_ps(high.as_mut_ptr(), values[1]);

@@ -43,9 +43,9 @@ test: tools components ## Check the format, run the lints and all tests
 	else printf '\n*** NOT RUN: the cluster suite. %s ***\n' "$$why"; fi
 
 test-cluster: tools ## Start that cluster, run the cluster suite against it, remove it (TEST="..." names tests; KEEP=1 keeps it)
-	@PROFILE=dev HELM_ARGS="$(HELM_ARGS)" sh tests/cluster/install.sh $(CLUSTER)
+	@PROFILE=dev HELM_ARGS="--set node.minReadySeconds=4 $(HELM_ARGS)" sh tests/cluster/install.sh $(CLUSTER)
 	@BINDERY_TEST_CLUSTER=$(abspath $(CLUSTER)) $(CARGO) test --locked --workspace --test cluster -- $(TEST); rc=$$?; \
-	[ -n "$(KEEP)" ] || sh tests/cluster/down.sh $(CLUSTER); exit $$rc
+	[ -n "$(KEEP)" ] || sh tests/cluster/down_test.sh $(CLUSTER) || rc=1; exit $$rc
 
 bench: tools ## Run the load generator against a server that runs (BENCH_ARGS="..." replaces its flags)
 	$(CARGO) run --release --locked --bin bindery -- bench serve $(BENCH_ARGS)

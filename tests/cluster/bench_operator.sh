@@ -1,6 +1,7 @@
 #!/bin/sh
 # `make bench-operator`: a control plane, the operator as a process, a thousand models. bench_operator.sh STATE_FOLDER
 set -eu
+[ "$(id -u)" = 0 ] || { echo "a cluster needs root: namespaces, mounts and cgroups are made" >&2; exit 1; }
 here=$(cd "$(dirname "$0")" && pwd); root=$(cd "$here/../.." && pwd)
 mkdir -p "$1"; state=$(cd "$1" && pwd); export state
 bin=$(sh "$here/build.sh"); export bin

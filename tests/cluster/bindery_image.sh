@@ -11,4 +11,7 @@ stripped=$(mktemp -d); trap 'rm -rf "$stripped"' EXIT
 for program in bindery bindery-operator; do strip --strip-debug -o "$stripped/$program" "$built/$program"; done
 "${PYTHON:-python3}" "$here/image.py" "$out" "$name" --entrypoint /usr/bin/bindery \
     "$stripped/bindery:/usr/bin/bindery" "$stripped/bindery-operator:/usr/bin/bindery-operator"
+size=$(wc -c <"$out")
+echo "$out: $((size / 1000000)) MB, of which 100 may be used by a release" >&2
+[ "$profile" != release ] || [ "$size" -lt 100000000 ] || { rm "$out"; exit 1; }
 echo "$profile" >"$said"

@@ -1,11 +1,10 @@
 #!/bin/sh
 # Builds the programs of a Kubernetes cluster that this repository does not hold, and prints their folder.
 # Each lies in a cache outside the tree, keyed by what it is built from; a second call takes no time.
-# Needs Go 1.26, Cargo and Python with pip; as root on Debian or Ubuntu it installs the rest.
+# Needs Go 1.26, Cargo and Python with pip; as root on Debian or Ubuntu it installs the rest, also of what the other scripts use.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/bindery/cluster
-packages="containerd runc containernetworking-plugins iptables nftables conntrack"
 
 wanted=1.26
 found=$(go env GOVERSION 2>/dev/null | sed 's/^go//') || found=
@@ -15,20 +14,23 @@ if [ -z "$found" ] || [ "$(printf '%s\n%s\n' "$wanted" "$found" | sort -V | head
 fi
 
 missing=
-for program in containerd:containerd runc:runc nft:nftables iptables:iptables conntrack:conntrack; do
+# Each with its package.
+for program in containerd:containerd runc:runc nft:nftables iptables:iptables conntrack:conntrack ip:iproute2 openssl:openssl \
+    sysctl:procps pgrep:procps strip:binutils ldd:libc-bin curl:curl \
+    nsenter:util-linux unshare:util-linux setsid:util-linux mount:mount; do
     command -v "${program%%:*}" >/dev/null 2>&1 || missing="$missing ${program##*:}"
 done
 [ -x /usr/lib/cni/bridge ] || missing="$missing containernetworking-plugins"
 if [ -n "$missing" ]; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
-        echo "missing:$missing. On Debian or Ubuntu, as root: apt-get install --no-install-recommends $packages" >&2
+        echo "missing:$missing. On Debian or Ubuntu, as root: apt-get install --no-install-recommends$missing" >&2
         exit 3
     fi
     # Their services must not start here: each node runs its own containerd.
     export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
     # shellcheck disable=SC2086
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >&2 ||
-        { echo "missing:$missing, and apt-get cannot install $packages" >&2; exit 3; }
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing; } >&2 ||
+        { echo "missing:$missing, and apt-get cannot install that" >&2; exit 3; }
 fi
 
 # Runs `build_$1 FOLDER` unless its result is there; $2... are the files that it depends on, beside that function.

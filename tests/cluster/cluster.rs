@@ -4,10 +4,14 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
+
+use crate::api::Api;
 
 /// How long anything may take on a slow machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
@@ -16,6 +20,10 @@ pub(crate) const SYSTEM: &str = "bindery-system";
 /// The whole model, and one of its layers alone, below the model folder of every node.
 pub(crate) const WHOLE: &str = "file://SmolLM2-135M-Instruct.Q4_1.gguf";
 pub(crate) const SMALL: &str = "file://small.gguf";
+
+/// What nodes lend.
+pub(crate) const CPU_GIB: &str = "bindery.dev/cpu-memory-gib";
+pub(crate) const GPU_GIB: &str = "bindery.dev/gpu-memory-gib";
 
 /// The label of the tests' namespaces.
 const OURS: &str = "bindery.dev/test=true";
@@ -26,6 +34,7 @@ pub(crate) struct Cluster {
     pub(crate) state: PathBuf,
     runtime: tokio::runtime::Runtime,
     http: reqwest::Client,
+    api: Api,
 }
 
 impl Cluster {
@@ -33,7 +42,8 @@ impl Cluster {
         let state = state.canonicalize()?;
         let runtime = tokio::runtime::Runtime::new()?;
         let http = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build()?;
-        let cluster = Self { state, runtime, http };
+        let api = Api::new(&state.join("pki"))?;
+        let cluster = Self { state, runtime, http, api };
         // Of a run that was broken off.
         cluster.kubectl(&["delete", "namespace", "-l", OURS, "--timeout=120s"])?;
         Ok(cluster)
@@ -68,6 +78,9 @@ impl Cluster {
 
     /// An object or list as JSON.
     pub(crate) fn get(&self, arguments: &[&str]) -> Result<Value> {
+        if let Some(found) = self.block_on(self.api.get(arguments)) {
+            return found.with_context(|| format!("get {}", arguments.join(" ")));
+        }
         let mut all = vec!["get", "-o", "json"];
         all.extend(arguments);
         Ok(serde_json::from_str(&self.kubectl(&all)?)?)
@@ -166,13 +179,25 @@ impl Cluster {
         Ok(found)
     }
 
+    /// The one such process of a model.
+    pub(crate) fn process_of(&self, machine: &str, program: &str, model: &str) -> Result<i32> {
+        let is_of = |pid: &i32| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&words).replace(['\0', '='], " ");
+            line.contains(&format!(" --served-model-name {model} "))
+        };
+        let pids = self.processes(machine, program)?;
+        let found: Vec<_> = pids.into_iter().filter(is_of).collect();
+        ensure!(found.len() == 1, "{program} runs {found:?} for {model} on {machine}");
+        Ok(found[0])
+    }
+
     /// Ends every such process at once and gives their number.
     pub(crate) fn kill(&self, machine: &str, program: &str) -> Result<usize> {
         let pids = self.processes(machine, program)?;
         for pid in &pids {
-            let pid = rustix::process::Pid::from_raw(*pid).context("pid 0")?;
             // It may have ended by itself.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            drop(signal(*pid, Signal::KILL));
         }
         Ok(pids.len())
     }
@@ -231,6 +256,12 @@ impl Cluster {
         Ok(())
     }
 
+    /// GiB of a resource that a node lends, as the scheduler sees it; none: it never did.
+    pub(crate) fn lends(&self, node: &str, resource: &str) -> Result<Option<String>> {
+        let node = self.get(&["node", node])?;
+        Ok(node["status"]["allocatable"][resource].as_str().map(str::to_owned))
+    }
+
     /// GiB used by engines and GiB granted on a node, as its agent says it.
     pub(crate) fn ledger(&self, node: &str) -> Result<(u64, u64)> {
         let agents =
@@ -260,6 +291,11 @@ impl Cluster {
 pub(crate) const ENGINE: &str = "/usr/bin/bindery serve ";
 pub(crate) const REPLICA: &str = "/usr/bin/bindery replica ";
 pub(crate) const AGENT: &str = "/usr/bin/bindery node ";
+
+pub(crate) fn signal(pid: i32, signal: Signal) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("pid 0")?;
+    Ok(rustix::process::kill_process(pid, signal)?)
+}
 
 /// Whether a process runs in a machine: it or one above it sees the machine's mounts. Pods have mounts of their own.
 fn is_in(pid: i32, machine: i32) -> bool {
@@ -291,6 +327,51 @@ pub(crate) struct Namespace<'a> {
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
         drop(self.cluster.kubectl(&["delete", "namespace", self.name, "--wait=false"]));
+    }
+}
+
+/// A Pod that does nothing, on a node, with `limits` such as `bindery.dev/cpu-memory-gib`.
+pub(crate) fn idle_pod(name: &str, node: &str, limits: &Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never", "automountServiceAccountToken": false, "terminationGracePeriodSeconds": 1,
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "idle", "image": "localhost/pause:1", "resources": {"limits": limits},
+                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+            }],
+        },
+    })
+}
+
+/// What a model's `Ready` has said since this began, however short it was.
+#[derive(Debug)]
+pub(crate) struct Reasons {
+    task: tokio::task::JoinHandle<()>,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+impl Reasons {
+    /// Waits until a reason with `word` in its message was said.
+    pub(crate) fn wait_for(&self, cluster: &Cluster, reason: &str, word: &str) -> Result<()> {
+        let is_it = |line: &String| line.starts_with(&format!("{reason}: ")) && line.contains(word);
+        // It comes with the harm, or never.
+        let seen = cluster.wait("the reason", Duration::from_secs(20), || {
+            Ok(self.said().iter().any(is_it).then_some(()))
+        });
+        seen.with_context(|| format!("wanted {reason} with {word:?}, got {:#?}", self.said()))
+    }
+
+    fn said(&self) -> Vec<String> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Reasons {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 
@@ -336,6 +417,32 @@ impl Namespace<'_> {
             Ok(found.map(|condition| condition.message))
         });
         seen.with_context(|| format!("{model}: wanted {reason}, last {last:?}"))
+    }
+
+    /// Begins to write down what a model's `Ready` says.
+    pub(crate) fn watch_reasons(&self, model: &str) -> Result<Reasons> {
+        let said = Arc::<Mutex<Vec<String>>>::default();
+        let (api, namespace) = (self.cluster.api.clone(), self.name.to_owned());
+        let field = format!("--field-selector=metadata.name={model}");
+        let task = self.cluster.spawn({
+            let said = Arc::clone(&said);
+            async move {
+                let note = |model: &Value| {
+                    let conditions = model["status"]["conditions"].as_array();
+                    for ready in conditions.into_iter().flatten().filter(|it| it["type"] == "Ready")
+                    {
+                        let text = |key| ready[key].as_str().unwrap_or_default();
+                        let line = format!("{}: {}", text("reason"), text("message"));
+                        said.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                    }
+                };
+                // What it has missed by then, the test says.
+                drop(api.watch(&["-n", &namespace, "imodel", &field], note).await);
+            }
+        });
+        let reasons = Reasons { task, said };
+        self.cluster.wait_until("the watch has begun", || Ok(!reasons.said().is_empty()))?;
+        Ok(reasons)
     }
 
     pub(crate) fn wait_until_ready(&self, model: &str) -> Result<()> {

@@ -1,20 +1,19 @@
-//! The device plugin: what the kubelet does with its units. GPU nodes have a fake inventory given by file: there is no GPU here.
+//! The device plugin: what the kubelet does with its units.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, PATIENCE, SYSTEM};
+use crate::cluster::{AGENT, CPU_GIB, Cluster, Namespace, idle_pod};
 
 pub(crate) const TESTS: &[Test] = &[
     ("units_that_a_pod_is_given_twice_are_one_grant", units_given_twice),
     ("many_pods_at_once_share_no_unit_and_keep_theirs_until_they_end", many_pods_at_once),
-    (
-        "gpu_memory_of_a_fake_inventory_is_lent_fragmented_and_followed",
-        gpu_memory_of_a_fake_inventory,
-    ),
+    ("pods_wait_while_the_plugin_is_away_and_those_that_run_go_on", the_plugin_is_away),
+    ("a_disk_that_takes_no_grant_holds_up_its_pod_alone", a_disk_that_takes_no_grant),
 ];
 
 /// The kubelet gives the units of an init container to the container after it, both before either starts.
@@ -78,98 +77,135 @@ fn many_pods_at_once(cluster: &Cluster) -> Result<()> {
 }
 
 /// The units that the records of a node's grants hold.
-fn held_units(cluster: &Cluster, node: &str) -> Result<Vec<String>> {
+pub(crate) fn held_units(cluster: &Cluster, node: &str) -> Result<Vec<String>> {
     let folder = cluster.state.join("vm").join(node).join("var/lib/bindery/grants");
     let mut held = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let record: Value = serde_json::from_slice(&std::fs::read(entry?.path())?)?;
         let units = record["units"].as_array().cloned().unwrap_or_default();
-        held.extend(units.iter().map(Value::to_string));
+        held.extend(units.iter().filter_map(Value::as_str).map(str::to_owned));
     }
     Ok(held)
 }
 
-const INVENTORY: &str = "/var/lib/bindery-models/gpus/gpus.yaml";
-const GIB: &str = "bindery.dev/gpu-memory-gib";
+/// The label of GPU nodes, which the agents of other nodes leave.
+pub(crate) const GPU_LABEL: &str = "nvidia.com/gpu.present";
 
-fn gpu_memory_of_a_fake_inventory(cluster: &Cluster) -> Result<()> {
+/// The kubelet, too, begins anew in that time.
+fn the_plugin_is_away(cluster: &Cluster) -> Result<()> {
     cluster.wait_until_empty()?;
-    inventory(cluster, "- {uuid: GPU-a, memoryGib: 2}\n- {uuid: GPU-b, memoryGib: 2}\n")?;
-    cluster.kubectl(&["label", "node", "node2", "nvidia.com/gpu.present=true", "--overwrite"])?;
-    let done = with_gpus(cluster);
-    cluster.kubectl(&["label", "node", "node2", "nvidia.com/gpu.present-"])?;
-    upgrade(cluster, &["gpuNodes.enabled=false"])?;
-    cluster.wait_until("node2 lends CPU memory again", || {
-        let node = cluster.get(&["node", "node2"])?;
-        Ok(node["status"]["allocatable"]["bindery.dev/cpu-memory-gib"] == "4"
-            && cluster.ledger("node2").is_ok())
-    })?;
-    done
-}
-
-fn inventory(cluster: &Cluster, text: &str) -> Result<()> {
-    let path = cluster.state.join("vm/node2").join(INVENTORY.trim_start_matches('/'));
-    std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
-    std::fs::write(&path, text)?;
+    let space = cluster.namespace("away")?;
+    space.model("held", &on("node2"))?;
+    space.wait_until_ready("held")?;
+    let before = running(&space, "held")?;
+    cluster.kubectl(&["label", "node", "node2", &format!("{GPU_LABEL}=true"), "--overwrite"])?;
+    let done = while_away(&space, &before);
+    cluster.kubectl(&["label", "node", "node2", &format!("{GPU_LABEL}-")])?;
+    done?;
+    cluster
+        .wait_until("node2 lends again", || Ok(cluster.lends("node2", CPU_GIB)? == lent("4")))?;
+    space.wait_until_ready("new")?;
+    space.wait_until_ready("held")?;
+    space.chat("held", "Hello")?;
+    ensure!(running(&space, "held")? == before, "{before:?} became {:?}", running(&space, "held")?);
     Ok(())
 }
 
-fn upgrade(cluster: &Cluster, values: &[&str]) -> Result<()> {
-    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
-    let mut words = vec!["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values"];
-    words.extend(values.iter().flat_map(|value| ["--set", value]));
-    cluster.helm(&words).map(drop)
+fn while_away(space: &Namespace, before: &Running) -> Result<()> {
+    let cluster = space.cluster;
+    cluster
+        .wait_until("the agent is gone", || Ok(cluster.processes("node2", AGENT)?.is_empty()))?;
+    cluster
+        .wait_until("node2 lends nothing", || Ok(cluster.lends("node2", CPU_GIB)? == lent("0")))?;
+    space.model("new", &on("node2"))?;
+    let message = space.wait_for_reason("new", "InsufficientMemory")?;
+    ensure!(message.contains("no matching node lends"), "{message}");
+    let words = cluster.end("node2", &cluster.program("kubelet")?)?;
+    let renewed = || {
+        let lease = cluster.get(&["-n", "kube-node-lease", "lease", "node2"])?;
+        Ok::<_, anyhow::Error>(lease["spec"]["renewTime"].clone())
+    };
+    let last = renewed()?;
+    cluster.begin("node2", &words)?;
+    cluster.wait_until("the kubelet is back", || Ok(renewed()? != last))?;
+    // What it did with a Pod that it found, it has told by the time that it answers for another.
+    cluster.apply(space.name, &idle_pod("plain", "node2", &json!({})))?;
+    cluster.wait_until("another Pod runs", || is_running(space, "plain"))?;
+    let now = running(space, "held")?;
+    ensure!(now == *before, "{before:?} became {now:?}");
+    let pods = space.pods("new")?;
+    ensure!(pods.len() == 1 && pods[0]["status"]["phase"] == "Pending", "{pods:?}");
+    Ok(())
 }
 
-fn lent(cluster: &Cluster) -> Result<String> {
-    let node = cluster.get(&["node", "node2"])?;
-    Ok(node["status"]["allocatable"][GIB].as_str().unwrap_or_default().to_owned())
+fn lent(gib: &str) -> Option<String> {
+    Some(gib.to_owned())
 }
 
-fn with_gpus(cluster: &Cluster) -> Result<()> {
-    let space = cluster.namespace("gpus")?;
-    let path = format!("gpuNodes.inventory={INVENTORY}");
-    upgrade(
-        cluster,
-        &["gpuNodes.enabled=true", "gpuNodes.memory=1Gi", "gpuNodes.cpu=100m", &path],
-    )?;
-    cluster.wait_until("4 GiB are lent", || Ok(lent(cluster)? == "4"))?;
-    // Never both agents on a node.
-    let agents = cluster.items(&[
-        "-n",
-        SYSTEM,
-        "pods",
-        "-l",
-        "app.kubernetes.io/component in (node-cpu,node-gpu)",
-    ])?;
-    let on_node2 = agents.iter().filter(|pod| {
-        pod["spec"]["nodeName"] == "node2" && pod["metadata"]["deletionTimestamp"].is_null()
-    });
-    ensure!(on_node2.count() == 1, "both agents run on node2");
+fn on(node: &str) -> Value {
+    json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}})
+}
 
-    // On one device: best fit, and the engine that is to come says so.
-    space.model("one", &json!({"device": "gpu", "memory": "2Gi"}))?;
-    let message = space.wait_for_reason("one", "UnsupportedDevice")?;
-    ensure!(message.contains("wanted cpu"), "{message}");
-    space.kubectl(&["wait", "--for=condition=Stalled", "imodel/one", "--timeout=20s"])?;
-    space.kubectl(&["delete", "imodel", "one"])?;
-    // The node has 3 GiB, but not on one device.
-    space.model("spread", &json!({"device": "gpu", "memory": "3Gi"}))?;
-    let message = space.wait_for_reason("spread", "Fragmented")?;
-    ensure!(message.contains("GPU-a") && message.contains("GPU-b"), "{message}");
-    let first = space.pods("spread")?[0]["metadata"]["name"].clone();
-    cluster.wait("it is tried elsewhere", PATIENCE, || {
-        let pods = space.pods("spread")?;
-        Ok(pods.iter().any(|pod| pod["metadata"]["name"] != first).then_some(()))
-    })?;
-    space.kubectl(&["delete", "imodel", "spread"])?;
+/// Which Pod a model has, and how often its container was started.
+#[derive(Debug, PartialEq)]
+struct Running {
+    uid: Value,
+    phase: Value,
+    restarts: Value,
+}
 
-    // A device that is lost is followed within a second; one that is back, too.
-    inventory(
-        cluster,
-        "- {uuid: GPU-a, memoryGib: 2, unhealthy: fell off the bus}\n- {uuid: GPU-b, memoryGib: 2}\n",
-    )?;
-    cluster.wait_until("2 GiB are left", || Ok(lent(cluster)? == "2"))?;
-    inventory(cluster, "- {uuid: GPU-a, memoryGib: 2}\n- {uuid: GPU-b, memoryGib: 2}\n")?;
-    cluster.wait_until("4 GiB are lent again", || Ok(lent(cluster)? == "4"))
+fn running(space: &Namespace, model: &str) -> Result<Running> {
+    let pods = space.pods(model)?;
+    ensure!(pods.len() == 1, "{} Pods of {model}", pods.len());
+    let status = &pods[0]["status"];
+    Ok(Running {
+        uid: pods[0]["metadata"]["uid"].clone(),
+        phase: status["phase"].clone(),
+        restarts: status["containerStatuses"][0]["restartCount"].clone(),
+    })
+}
+
+pub(crate) fn is_running(space: &Namespace, pod: &str) -> Result<bool> {
+    let pod = space.cluster.get(&["-n", space.name, "pod", pod])?;
+    Ok(pod["status"]["phase"] == "Running")
+}
+
+/// The folder of the records is away, as on a disk that is full.
+fn a_disk_that_takes_no_grant(cluster: &Cluster) -> Result<()> {
+    /// What a busy machine may add to the start of a Pod.
+    const JITTER: Duration = Duration::from_secs(3);
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace("full")?;
+    let none = json!({});
+    let usual = time_to_run(&space, &[idle_pod("usual", "node1", &none)])?;
+    let records = cluster.state.join("vm/node1/var/lib/bindery/grants");
+    let away = records.with_extension("away");
+    std::fs::rename(&records, &away)?;
+    let done = (|| -> Result<Duration> {
+        let granted = idle_pod("granted", "node1", &json!({CPU_GIB: "1"}));
+        let took = time_to_run(&space, &[granted, idle_pod("beside", "node1", &none)])?;
+        space.model("m", &on("node1"))?;
+        let message = space.wait_for_reason("m", "Waiting")?;
+        ensure!(message.contains("claim.sock"), "{message}");
+        Ok(took)
+    })();
+    std::fs::rename(&away, &records)?;
+    let took = done?;
+    ensure!(took < usual + JITTER, "a Pod beside took {took:?}, {usual:?} is usual");
+    space.wait_until_ready("m")?;
+    space.chat("m", "Hello")?;
+    ensure!(held_units(cluster, "node1")?.len() == 2, "{:?}", held_units(cluster, "node1")?);
+    Ok(())
+}
+
+/// Makes Pods at once; how long the last of them takes.
+fn time_to_run(space: &Namespace, pods: &[Value]) -> Result<Duration> {
+    let start = Instant::now();
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": pods});
+    space.cluster.apply(space.name, &list)?;
+    for pod in pods {
+        let name = pod["metadata"]["name"].as_str().context("a Pod has a name")?;
+        space.cluster.wait_until("it runs", || is_running(space, name))?;
+    }
+    Ok(start.elapsed())
 }

@@ -5,17 +5,25 @@ set -eu
 state=$(cd "$1" 2>/dev/null && pwd) || exit 0
 shift; only="$*"
 
+# A process 1 is a zombie only once all in its machine have ended.
+runs() { case $(sed 's/.*) //; s/ .*//' "/proc/$1/stat" 2>/dev/null) in "" | Z | X) return 1 ;; esac; }
+
 for machine in ${only:-$(ls "$state/vm" 2>/dev/null)}; do
     folder=$state/vm/$machine
-    if [ -e "$folder/pid" ]; then
-        pid=$(cat "$folder/pid")
-        # The number may have been given to another process since.
+    # The machine's process 1 and the one that made it, which ends with it; also when whoever started them was killed before
+    # it wrote down their numbers.
+    pids=$(pgrep -f "/pause $folder\$" || true); first=
+    for pid in $pids; do
         case $(readlink "/proc/$pid/exe" || true) in
-            */pause) kill -9 "$pid" ;;
+            */pause) first=$pid ;;
         esac
-        for _ in $(seq 200); do [ -d "/proc/$pid" ] || break; sleep 0.05; done
-        rm -f "$folder/pid"
-    fi
+    done
+    # shellcheck disable=SC2086
+    [ -z "$pids" ] || kill -9 ${first:-$pids} || true
+    for pid in $pids; do
+        for _ in $(seq 200); do runs "$pid" || break; sleep 0.05; done
+    done
+    rm -f "$folder/pid"
     for _ in $(seq 100); do
         left=$(find /sys/fs/cgroup -maxdepth 2 -name "bindery-$machine" -type d 2>/dev/null)
         [ -n "$left" ] || break

@@ -3,10 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::Test;
-use crate::cluster::{AGENT, Cluster, ENGINE, Namespace, REPLICA, SYSTEM, patient};
+use crate::cluster::{
+    AGENT, CPU_GIB, Cluster, ENGINE, Namespace, REPLICA, SYSTEM, patient, signal,
+};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -21,29 +24,38 @@ pub(crate) const TESTS: &[Test] = &[
     ("the_api_server_is_gone_and_serving_goes_on", the_api_server_is_gone),
 ];
 
-/// Two models with one replica on each node.
-fn serving<'a>(cluster: &'a Cluster, name: &'a str) -> Result<Namespace<'a>> {
+/// The nodes of the models `one` and `two`, each with one replica.
+type Nodes = [&'static str; 2];
+const APART: Nodes = ["node1", "node2"];
+/// Beside each other on one device.
+const TOGETHER: Nodes = ["node1", "node1"];
+const MODELS: [&str; 2] = ["one", "two"];
+
+fn serving<'a>(cluster: &'a Cluster, name: &'a str, nodes: Nodes) -> Result<Namespace<'a>> {
     cluster.wait_until_empty()?;
     let space = cluster.namespace(name)?;
-    for (model, node) in [("one", "node1"), ("two", "node2")] {
+    for (model, node) in MODELS.into_iter().zip(nodes) {
         space.model(
             model,
             &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}}),
         )?;
     }
-    settled(&space)?;
+    settled(&space, nodes)?;
     Ok(space)
 }
 
-/// Both models answer, each node has one engine on 1 GiB.
-fn settled(space: &Namespace) -> Result<()> {
+/// Both models answer, each has one engine on 1 GiB.
+fn settled(space: &Namespace, nodes: Nodes) -> Result<()> {
     let cluster = space.cluster;
-    for (model, node) in [("one", "node1"), ("two", "node2")] {
-        cluster.wait_until("the ledger is at its value", || Ok(cluster.ledger(node)? == (1, 1)))?;
+    for (model, node) in MODELS.into_iter().zip(nodes) {
+        let n_models = nodes.iter().filter(|other| **other == node).count();
+        let gib = u64::try_from(n_models)?;
+        cluster
+            .wait_until("the ledger is at its value", || Ok(cluster.ledger(node)? == (gib, gib)))?;
         space.wait_until_ready(model)?;
         cluster.wait_until("it answers", || Ok(space.chat(model, "Hello").is_ok()))?;
         let engines = cluster.processes(node, ENGINE)?;
-        ensure!(engines.len() == 1, "{node} has engines {engines:?}");
+        ensure!(engines.len() == n_models, "{node} has engines {engines:?}");
     }
     Ok(())
 }
@@ -59,13 +71,19 @@ fn beside<T>(space: &Namespace, harm: impl FnOnce() -> Result<T>) -> Result<T> {
     Ok(harmed)
 }
 
+/// Its neighbour on the same node, on the same device, serves on with the engine that it has.
 fn an_engine_is_killed(cluster: &Cluster) -> Result<()> {
-    let space = serving(cluster, "killed-engine")?;
+    let space = serving(cluster, "killed-engine", TOGETHER)?;
+    let reasons = space.watch_reasons("one")?;
     beside(&space, || {
-        ensure!(cluster.kill("node1", ENGINE)? == 1);
+        let neighbour = cluster.process_of("node1", ENGINE, "two")?;
+        signal(cluster.process_of("node1", ENGINE, "one")?, Signal::KILL)?;
         let told = last_words(&space, "one")?;
         ensure!(told.contains("EngineCrashed") && told.contains("SIGKILL"), "{told}");
-        settled(&space)
+        reasons.wait_for(cluster, "EngineCrashed", "SIGKILL")?;
+        settled(&space, TOGETHER)?;
+        ensure!(cluster.process_of("node1", ENGINE, "two")? == neighbour, "both engines ended");
+        Ok(())
     })
 }
 
@@ -80,59 +98,52 @@ fn last_words(space: &Namespace, model: &str) -> Result<String> {
     })
 }
 
-/// Its neighbour on the same node, on the same device, serves on.
 #[cfg(target_arch = "x86_64")]
 fn an_engine_that_eats_memory(cluster: &Cluster) -> Result<()> {
-    cluster.wait_until_empty()?;
-    let space = cluster.namespace("eaten")?;
-    let on_node1 = json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}});
-    for model in ["one", "two"] {
-        space.model(model, &on_node1)?;
-    }
-    space.wait_until_ready("one")?;
-    space.wait_until_ready("two")?;
+    let space = serving(cluster, "eaten", TOGETHER)?;
+    let reasons = space.watch_reasons("one")?;
     beside(&space, || {
-        let engines = cluster.processes("node1", ENGINE)?;
-        let serves_one = |pid: &i32| {
-            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&words).contains("--served-model-name=one\0")
-        };
-        let hungry = engines.iter().copied().find(serves_one).context("no engine of one")?;
-        crate::eater::eat(hungry, 2 << 30)?;
+        let neighbour = cluster.process_of("node1", ENGINE, "two")?;
+        crate::eater::eat(cluster.process_of("node1", ENGINE, "one")?, 2 << 30)?;
         let told = last_words(&space, "one")?;
         ensure!(
             told.contains("MemoryGrantExceeded") && told.contains("granted were 1073741824"),
             "{told}"
         );
-        let left = cluster.processes("node1", ENGINE)?;
-        ensure!(
-            engines.iter().any(|pid| *pid != hungry && left.contains(pid)),
-            "both engines ended"
-        );
-        cluster.wait_until("it answers again", || Ok(space.chat("one", "Hello").is_ok()))
+        reasons.wait_for(cluster, "MemoryGrantExceeded", "granted were 1073741824")?;
+        settled(&space, TOGETHER)?;
+        ensure!(cluster.process_of("node1", ENGINE, "two")? == neighbour, "both engines ended");
+        Ok(())
     })
 }
 
 fn a_replica_is_killed(cluster: &Cluster) -> Result<()> {
-    let space = serving(cluster, "killed-replica")?;
+    let space = serving(cluster, "killed-replica", TOGETHER)?;
     beside(&space, || {
-        ensure!(cluster.kill("node1", REPLICA)? == 1);
+        let of_two = || -> Result<[i32; 2]> {
+            let of = |program| cluster.process_of("node1", program, "two");
+            Ok([of(REPLICA)?, of(ENGINE)?])
+        };
+        let neighbours = of_two()?;
+        signal(cluster.process_of("node1", REPLICA, "one")?, Signal::KILL)?;
         cluster.wait_until("its container starts again", || {
             let pods = space.pods("one")?;
             Ok(pods[0]["status"]["containerStatuses"][0]["restartCount"] == 1)
         })?;
-        settled(&space)
+        settled(&space, TOGETHER)?;
+        ensure!(of_two()? == neighbours, "the replica or the engine beside it ended");
+        Ok(())
     })
 }
 
 fn an_agent_is_killed(cluster: &Cluster) -> Result<()> {
-    let space = serving(cluster, "killed-agent")?;
+    let space = serving(cluster, "killed-agent", APART)?;
     beside(&space, || {
         ensure!(cluster.kill("node1", AGENT)? == 1);
         std::thread::sleep(Duration::from_millis(300));
         let orphans = cluster.processes("node1", ENGINE)?;
         ensure!(orphans.is_empty(), "engines {orphans:?} live on without their agent");
-        settled(&space)
+        settled(&space, APART)
     })?;
     let restarts = space.pods("one")?[0]["status"]["containerStatuses"][0]["restartCount"].clone();
     ensure!(restarts == 0, "the replica stays for what passes, but it restarted {restarts} times");
@@ -154,7 +165,7 @@ fn an_agent_restarts_in_order(cluster: &Cluster) -> Result<()> {
 }
 
 fn the_kubelet_is_killed(cluster: &Cluster) -> Result<()> {
-    let space = serving(cluster, "killed-kubelet")?;
+    let space = serving(cluster, "killed-kubelet", APART)?;
     let program = cluster.program("kubelet")?;
     beside(&space, || {
         let words = cluster.end("node1", &program)?;
@@ -167,10 +178,9 @@ fn the_kubelet_is_killed(cluster: &Cluster) -> Result<()> {
             Ok(names.filter(|name| name.to_string_lossy().starts_with("bindery")).count() == 1)
         })?;
         cluster.wait_until("the node lends again", || {
-            let node = cluster.get(&["node", "node1"])?;
-            Ok(node["status"]["allocatable"]["bindery.dev/cpu-memory-gib"] == "4")
+            Ok(cluster.lends("node1", CPU_GIB)?.as_deref() == Some("4"))
         })?;
-        settled(&space)
+        settled(&space, APART)
     })?;
     // What the kubelet lends now is what it lent before.
     space.model("three", &json!({"memory": "3Gi", "scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}))?;
@@ -180,19 +190,19 @@ fn the_kubelet_is_killed(cluster: &Cluster) -> Result<()> {
 }
 
 fn containerd_is_killed(cluster: &Cluster) -> Result<()> {
-    let space = serving(cluster, "killed-containerd")?;
+    let space = serving(cluster, "killed-containerd", APART)?;
     beside(&space, || {
         let words = cluster.end("node1", "containerd -c ")?;
         std::thread::sleep(Duration::from_secs(2));
         space.chat("one", "Hello").context("it serves without containerd")?;
         cluster.begin("node1", &words)?;
         space.kubectl(&["delete", "pods", "-l", "bindery.dev/model=one", "--timeout=60s"])?;
-        settled(&space)
+        settled(&space, APART)
     })
 }
 
 fn the_api_server_is_gone(cluster: &Cluster) -> Result<()> {
-    let space = serving(cluster, "alone")?;
+    let space = serving(cluster, "alone", APART)?;
     let (one, two) = (Load::start(&space, "one", 4, 4)?, Load::start(&space, "two", 4, 4)?);
     let api = cluster.end("cp", &cluster.program("kube-apiserver")?)?;
     std::thread::sleep(Duration::from_secs(20));
@@ -209,7 +219,7 @@ fn the_api_server_is_gone(cluster: &Cluster) -> Result<()> {
             .kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=1s"])
             .is_ok())
     })?;
-    settled(&space)?;
+    settled(&space, APART)?;
     one.finish(cluster)?.ensure_nothing_failed()?;
     two.finish(cluster)?.ensure_nothing_failed()?;
     space.model("three", &json!({}))?;

@@ -243,9 +243,41 @@ fn engines_are_confined(cluster: &Cluster) -> Result<()> {
     ensure!(command.trim_matches('\0').is_empty(), "an engine needs no environment: {command:?}");
     let log = space.kubectl(&["logs", "-l", "bindery.dev/model=m", "--tail=-1"])?;
     ensure!(!log.contains("a protection is missing"), "{log}");
+    sockets_stay(cluster)?;
     #[cfg(target_arch = "x86_64")]
     from_inside(cluster, &space, engine)?;
     space.chat("m", "Hello").map(drop)
+}
+
+/// From among the mounts of a replica not even root can put another socket in the place of its own.
+fn sockets_stay(cluster: &Cluster) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+
+    let replica = cluster.process_of("node1", crate::cluster::REPLICA, "m")?;
+    let folder = std::path::PathBuf::from(format!("/proc/{replica}/root/run/bindery"));
+    let (socket, other) = (folder.join("claim.sock"), folder.join("other.sock"));
+    let tried = [
+        ("write", std::fs::write(folder.join("engine/x"), "")),
+        ("listen beside", std::os::unix::net::UnixListener::bind(&other).map(drop)),
+        ("restrict", std::fs::set_permissions(&socket, PermissionsExt::from_mode(0o600))),
+        ("rename", std::fs::rename(&socket, &other)),
+        ("unlink", std::fs::remove_file(&socket)),
+    ];
+    for (what, done) in tried {
+        let kind = done.err().map(|error| error.kind());
+        ensure!(kind == Some(std::io::ErrorKind::ReadOnlyFilesystem), "{what}: {kind:?}");
+    }
+    ensure!(socket.exists(), "{} is gone", socket.display());
+    #[cfg(target_arch = "x86_64")]
+    for path in ["/run/bindery/claim.sock", "/run/bindery/engine/http.sock"] {
+        let unlink = |address| crate::eater::Call {
+            number: nix::libc::SYS_unlink,
+            arguments: [address, 0, 0, 0, 0, 0],
+        };
+        let result = crate::eater::call(replica, path, unlink)?;
+        ensure!(result == Some(i64::from(-nix::libc::EROFS)), "unlink {path}: {result:?}");
+    }
+    Ok(())
 }
 
 /// Reaches for what is another's, as an engine that was taken over would.
@@ -326,7 +358,8 @@ fn hostile_clients_harm_no_other(cluster: &Cluster) -> Result<()> {
     )?;
     space.wait_until_ready("beside")?;
     let load = Load::start(&space, "beside", 2, 4)?;
-    let attacked = attack(&grant.path().join("grant/claim.sock"));
+    let socket = grant.path().join("grant/claim.sock");
+    let attacked = attack(&socket).and_then(|()| asked_from_the_agents_side(cluster, &socket));
     let tally = load.finish(cluster)?;
     attacked?;
     tally.ensure_nothing_failed()?;
@@ -338,6 +371,24 @@ fn hostile_clients_harm_no_other(cluster: &Cluster) -> Result<()> {
     let restarts =
         agents.iter().filter(|pod| pod["status"]["containerStatuses"][0]["restartCount"] != 0);
     ensure!(restarts.count() == 0, "an agent was restarted");
+    Ok(())
+}
+
+/// A process of the agent's own is no replica: an engine could be one.
+fn asked_from_the_agents_side(cluster: &Cluster, socket: &std::path::Path) -> Result<()> {
+    let said = |enter: &[&str]| -> Result<String> {
+        let mut words = enter.to_vec();
+        words.extend(["curl", "--silent", "--http0.9", "--max-time", "5", "--unix-socket"]);
+        let mut command = std::process::Command::new(words[0]);
+        let output = command.args(&words[1..]).arg(socket).arg("http://grant/").output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let agents = cluster.processes("node1", crate::cluster::AGENT)?;
+    let pid = agents.first().context("no agent")?.to_string();
+    let of_a_pod = said(&["env"])?;
+    ensure!(of_a_pod.contains("wanted a claim"), "a Pod is told nothing: {of_a_pod:?}");
+    let of_the_agent = said(&["nsenter", "-t", &pid, "--pid", "--"])?;
+    ensure!(of_the_agent.is_empty(), "a process of the agent's is told {of_the_agent:?}");
     Ok(())
 }
 

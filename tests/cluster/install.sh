@@ -1,6 +1,8 @@
 #!/bin/sh
 # `make cluster-up`: builds what is missing, starts the cluster, installs the chart, says what to try. install.sh STATE_FOLDER
 set -eu
+# Before anything is built.
+[ "$(id -u)" = 0 ] || { echo "a cluster needs root: namespaces, mounts and cgroups are made" >&2; exit 1; }
 here=$(cd "$(dirname "$0")" && pwd); root=$(cd "$here/../.." && pwd)
 mkdir -p "$1"; state=$(cd "$1" && pwd); export state
 bin=$(sh "$here/build.sh"); export bin

@@ -9,11 +9,11 @@ own_folders="/run /var/lib/kubelet /var/lib/cni /var/log /var/lib/bindery /var/l
 
 node_ip() { echo "10.99.0.$((10 + $1))"; }
 
-# Starts a machine: machine NAME.
+# Starts a machine: machine NAME. Its process 1 names its folder, by which down.sh finds it.
 machine() {
     local outer inner folder
     mkdir -p "$vm/$1/log"
-    setsid unshare --net --mount --pid --fork --mount-proc --propagation private --kill-child "$bin/pause" \
+    setsid unshare --net --mount --pid --fork --mount-proc --propagation private --kill-child "$bin/pause" "$vm/$1" \
         >/dev/null 2>&1 </dev/null &
     outer=$!
     for _ in $(seq 200); do

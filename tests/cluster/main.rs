@@ -1,12 +1,14 @@
 //! Proves Bindery on a real Kubernetes: `make test-cluster` starts one and runs this against it, one test after the other.
 #![forbid(unsafe_code)]
 
+mod api;
 mod cluster;
 mod deletion;
 mod devices;
 #[cfg(target_arch = "x86_64")]
 mod eater;
 mod failures;
+mod gpus;
 mod hostile;
 mod hub;
 mod killed;
@@ -54,6 +56,7 @@ fn main() -> Result<()> {
         hostile::TESTS,
         hub::TESTS,
         devices::TESTS,
+        gpus::TESTS,
         rollout::TESTS,
         failures::TESTS,
         nodes::TESTS,

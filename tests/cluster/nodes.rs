@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
@@ -72,6 +72,9 @@ fn a_node_crashes_and_comes_back(cluster: &Cluster) -> Result<()> {
     let space = cluster.namespace("crashed")?;
     space.model("m", &json!({"replicas": 2}))?;
     space.wait_until_ready("m")?;
+    let pods = space.pods("m")?;
+    let on_node2 = pods.iter().find(|pod| pod["spec"]["nodeName"] == "node2");
+    let lost = on_node2.context("no replica on node2")?["metadata"]["name"].clone();
     let state = cluster.state.display().to_string();
     cluster.script("down.sh", &[&state, "node2"])?;
     let start = std::time::Instant::now();
@@ -84,7 +87,15 @@ fn a_node_crashes_and_comes_back(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["wait", "--for=condition=Ready", "node/node2", "--timeout=60s"])?;
     load.finish(cluster)?.ensure_nothing_failed()?;
     // Pods with a grant end Failed there: the kubelet is up before the plugin. Someone must clear them.
+    cluster.wait_until("the Pod of before has Failed", || {
+        let refused = ["events", "--field-selector=reason=UnexpectedAdmissionError"];
+        let events = cluster.items(&[&["-n", "crashed"], &refused[..]].concat())?;
+        Ok(events.iter().any(|event| event["involvedObject"]["name"] == lost))
+    })?;
     space.wait_until_ready("m")?;
+    cluster.wait_until("it was cleared", || {
+        Ok(space.pods("m")?.iter().all(|pod| pod["metadata"]["name"] != lost))
+    })?;
     cluster.wait_until("nothing Failed is left, the agent is back", || {
         let failed = cluster.items(&["-A", "pods", "--field-selector=status.phase=Failed"])?;
         let ours = failed.iter().filter(|pod| pod["metadata"]["namespace"] == "crashed").count();

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use rustix::process::Signal;
 
 use crate::Test;
-use crate::cluster::{Cluster, Namespace, SYSTEM};
+use crate::cluster::{Cluster, Namespace, SYSTEM, signal};
 
 pub(crate) const TESTS: &[Test] = &[
     ("one_operator_leads_and_another_takes_over", one_leads_and_another_takes_over),
@@ -69,11 +69,6 @@ fn a_stopped_one_writes_nothing(cluster: &Cluster) -> Result<()> {
     })?;
     ensure!(leader(cluster)? == other?, "the lease went back");
     Ok(())
-}
-
-fn signal(pid: i32, signal: Signal) -> Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("pid 0")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
 }
 
 /// Writes of a model and its children that the API server has answered, those that change nothing included. What the

@@ -53,6 +53,10 @@ fn an_engine_flag_is_changed_under_load(cluster: &Cluster) -> Result<()> {
     patch(&space, &json!({"engine": {"blockSize": 8}}))?;
     space.wait_for_reason("m", "AllReplicasReady")?;
     load.finish(cluster)?.ensure_nothing_failed()?;
+    // Some were told to end before they had begun; what they hold, nobody else can have.
+    cluster.wait("none of before is left", Duration::from_secs(30), || {
+        Ok((space.pods("m")?.len() == 2).then_some(()))
+    })?;
     let spec = cluster.get(&["-n", "rolling", "deployment", "m"])?["spec"]["template"].to_string();
     ensure!(spec.contains("\\\"blockSize\\\":8"), "{spec}");
     Ok(())

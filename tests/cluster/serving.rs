@@ -167,7 +167,7 @@ impl<'a> Prometheus<'a> {
     }
 
     fn query(&self, query: &str) -> Result<Option<f64>> {
-        let escaped: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let escaped = crate::api::escaped(query);
         let url = format!("http://127.0.0.1:9090/api/v1/query?query={escaped}");
         let (_, text) = self.cluster.http_get(&url)?;
         let answer: Value = serde_json::from_str(&text)?;

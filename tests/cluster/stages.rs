@@ -1,16 +1,20 @@
-//! What the time from `kubectl apply` to the first token is made of, on a warm node. Printed, never asserted.
+//! What the time from `kubectl apply` to the first token is made of, on a warm node: printed, never asserted. And that a model
+//! says how far its loading is.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{AGENT, Cluster, Namespace, PATIENCE, REPLICA, WHOLE};
+use crate::cluster::{AGENT, Cluster, ENGINE, Namespace, PATIENCE, REPLICA, WHOLE, signal};
 
-pub(crate) const TESTS: &[Test] =
-    &[("from_apply_to_the_first_token_stage_by_stage", from_apply_to_the_first_token)];
+pub(crate) const TESTS: &[Test] = &[
+    ("from_apply_to_the_first_token_stage_by_stage", from_apply_to_the_first_token),
+    ("a_model_that_loads_says_how_far_it_is", a_model_that_loads),
+];
 
 const PORT: u16 = 18_300;
 const ROUNDS: usize = 3;
@@ -133,4 +137,52 @@ fn look(space: &Namespace) -> Result<Seen> {
         None => String::new(),
     };
     Ok(Seen { deployment, pod, state })
+}
+
+/// Its engine is stopped in the midst of it: else it is over before the operator looks.
+fn a_model_that_loads(cluster: &Cluster) -> Result<()> {
+    cluster.wait_until_empty()?;
+    let space = cluster.namespace("loading")?;
+    let on_node1 = json!({"nodeSelector": {"kubernetes.io/hostname": "node1"}});
+    space.model(
+        "m",
+        &json!({"source": {"uri": WHOLE}, "engine": {"maxModelLen": 1024}, "scheduling": on_node1}),
+    )?;
+    let engine = stop_while_it_loads(&space)?;
+    let told = space.wait_for_reason("m", "Loading");
+    let reconciling = space.condition("m", "Reconciling");
+    signal(engine, Signal::CONT)?;
+    let message = told?;
+    ensure!(message.starts_with("loaded ") && message.contains(" of "), "{message}");
+    ensure!(reconciling?.is_some_and(|found| found.reason == "Loading"), "it is not Reconciling");
+    space.wait_until_ready("m")
+}
+
+/// Lets the engine run for a moment at a time until its replica says that it loads; gives the engine, stopped.
+fn stop_while_it_loads(space: &Namespace) -> Result<i32> {
+    const MOMENT: Duration = Duration::from_millis(3);
+    let cluster = space.cluster;
+    let start = Instant::now();
+    let engine = loop {
+        if let Some(engine) = cluster.processes("node1", ENGINE)?.first() {
+            break *engine;
+        }
+        ensure!(start.elapsed() < PATIENCE, "no engine came");
+    };
+    signal(engine, Signal::STOP)?;
+    let url = cluster.wait("the replica's address", PATIENCE, || {
+        let pods = space.pods("m")?;
+        let ip = pods[0]["status"]["podIP"].as_str();
+        Ok(ip.map(|ip| format!("http://{ip}:8001/state")))
+    })?;
+    loop {
+        let (_, state) = cluster.http_get(&url)?;
+        if state.contains("Loading") {
+            return Ok(engine);
+        }
+        ensure!(!state.contains("AllReplicasReady"), "it was over too soon");
+        signal(engine, Signal::CONT)?;
+        std::thread::sleep(MOMENT);
+        signal(engine, Signal::STOP)?;
+    }
 }

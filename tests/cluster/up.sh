@@ -9,13 +9,13 @@ export state bin
 begun=$(date +%s%N)
 elapsed() { echo "$((($(date +%s%N) - begun) / 100000000))" | sed 's/.$/.&/; s/^\./0./'; }
 
-[ "$(id -u)" = 0 ] || { echo "a cluster needs root: namespaces, mounts and cgroups are made" >&2; exit 1; }
 sh "$here/pki.sh" "$pki" "$nodes"
 # The kubelets set these for the whole machine.
 if [ ! -e "$state/sysctl.saved" ]; then
     for name in vm.overcommit_memory vm.panic_on_oom kernel.panic kernel.panic_on_oops kernel.keys.root_maxkeys kernel.keys.root_maxbytes; do
         echo "$name=$(sysctl -n "$name")"
-    done >"$state/sysctl.saved"
+    done >"$state/sysctl.new"
+    mv "$state/sysctl.new" "$state/sysctl.saved"
 fi
 
 machine cp

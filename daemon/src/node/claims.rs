@@ -13,6 +13,7 @@ use tokio_util::codec::{Framed, LinesCodec};
 
 use super::agent::{Agent, Listeners, LocalClients, Phase, Running};
 use super::engine::{Engine, FromEngine};
+use super::gpus;
 use super::grants::{ENGINE_FOLDER, ENGINE_SOCKET};
 use super::ledger::{CannotStart, GrantId};
 use super::weights::Fetched;
@@ -184,6 +185,7 @@ async fn serve_claim(agent: &Arc<Agent>, id: &GrantId, claim: &Claim, lines: &mu
             say(lines, AgentLine::Waiting { reason: crds::Reason::Waiting, message }).await?;
             pause(lines, RETRY).await?;
         };
+        check_device(agent, id, claim.device)?;
         if claim.device == crds::Device::Gpu {
             // Where the memory lies is told first: a grant over two devices is placed elsewhere.
             drop(place(agent, id, lines).await?);
@@ -199,6 +201,21 @@ async fn serve_claim(agent: &Arc<Agent>, id: &GrantId, claim: &Claim, lines: &mu
     match done.await {
         Ok(over) | Err(over) => over,
     }
+}
+
+/// A grant is memory of its devices: an engine on another kind would use what was never lent.
+fn check_device(agent: &Agent, id: &GrantId, claimed: crds::Device) -> Result<(), Over> {
+    let granted = agent.read(|ledger| ledger.per_device(id));
+    let is_claimed = |device: &str| match claimed {
+        crds::Device::Cpu => !device.starts_with(gpus::PREFIX),
+        crds::Device::Gpu => device.starts_with(gpus::PREFIX),
+    };
+    let other = granted.into_iter().map(|(device, _)| device).find(|device| !is_claimed(device));
+    other.map_or(Ok(()), |device| {
+        let message =
+            format!("wanted a claim for {device}, whose memory is granted, got {claimed:?}");
+        Err(Over::Failed { reason: crds::Reason::InvalidSpec, message })
+    })
 }
 
 fn ended() -> Over {
@@ -653,10 +670,21 @@ mod tests {
         let gpu = |claim: &mut Claim| claim.device = crds::Device::Gpu;
         let outside = |claim: &mut Claim| claim.model = "file://../engine".into();
         let newer = |claim: &mut Claim| claim.version = VERSION + 1;
-        use crds::Reason::{InvalidSpec, UnsupportedDevice};
-        assert_eq!(failure(&mut bench.claim(gpu).await).await.0, UnsupportedDevice);
+        use crds::Reason::InvalidSpec;
+        assert_eq!(failure(&mut bench.claim(gpu).await).await.0, InvalidSpec);
         assert_eq!(failure(&mut bench.claim(outside).await).await.0, InvalidSpec);
         assert_eq!(failure(&mut bench.claim(newer).await).await.0, InvalidSpec);
+    }
+
+    #[tokio::test]
+    async fn memory_of_a_gpu_is_not_for_an_engine_on_the_cpu() {
+        let mut bench = Bench::new("echo '{\"ready\":{}}'; read keys; read gone");
+        let units = [Unit { device: "GPU-a".into(), index: 0 }].into();
+        bench.socket = bench.agent.allocate(units).unwrap().join("claim.sock");
+        let (reason, message) = failure(&mut bench.claim(|_| {}).await).await;
+        assert_eq!(reason, crds::Reason::InvalidSpec);
+        assert!(message.contains("GPU-a"), "{message}");
+        assert_eq!(bench.used_gib(), 0);
     }
 
     #[tokio::test]

@@ -52,6 +52,8 @@ pub(super) fn template(model: &InferenceModel, config: &Config, image: &str) -> 
             termination_grace_period_seconds: Some(
                 i64::from(model.spec.rollout.drain_seconds) + GRACE_SECONDS,
             ),
+            // As process 1 of its own it would miss a SIGTERM that comes before it listens, and hold its grant for all of that time.
+            share_process_namespace: Some(true),
             security_context: Some(pod_security()),
             priority_class_name: priority.or_else(|| config.priority_class.clone()),
             node_selector: (!scheduling.node_selector.is_empty())

@@ -122,6 +122,11 @@ fn a_user_adds_labels_and_replaces_none_of_ours() {
 }
 
 #[test]
+fn a_replica_that_is_told_to_end_before_it_listens_ends() {
+    assert_eq!(pod(json!({}))["spec"]["shareProcessNamespace"], true);
+}
+
+#[test]
 fn a_drain_fits_into_the_grace_period() {
     let pod = pod(json!({"rollout": {"drainSeconds": 300}}));
     assert_eq!(pod["spec"]["terminationGracePeriodSeconds"], 315);

@@ -127,7 +127,9 @@ pub(super) fn table() -> Result<Found> {
     ];
     let mut table = Table::new("Cost of paging", columns);
     table.note(format!(
-        "Decode attention of one layer on one thread, {HEADS} heads over {KV_HEADS} of {HEAD_DIM}, half precision, the same K and V in one\n         piece a sequence and in blocks of {BLOCK}, as a fresh pool hands them out and in random order; the fastest of {RUNS} runs\n         each, in turn. Results are equal to the bit. Goal: at most 3 %."
+        "Decode attention of one layer on one thread, {HEADS} heads over {KV_HEADS} of {HEAD_DIM}, half precision, the same K and V in one\n\
+         piece a sequence and in blocks of {BLOCK}, as a fresh pool hands them out and in random order; the fastest of {RUNS} runs\n\
+         each, in turn. Results are equal to the bit. Goal: at most 3 %."
     ));
     for (sequences, context) in [(1, 512), (1, 4096), (1, 32_768), (16, 512), (16, 4096), (64, 512)]
     {

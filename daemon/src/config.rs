@@ -18,11 +18,15 @@ use clap::error::ErrorKind;
 use serde_json::json;
 
 use crate::api::server::Keepalive;
+use crate::bench::memory::{BenchMemoryArgs, NamedModel};
 use crate::bench::serve::BenchServeArgs;
+use crate::bench::sweep::BenchSweepArgs;
 use crate::node::NodeConfig;
 use crate::replica::ReplicaConfig;
 use crate::source::reach::Reach;
 use crate::source::{Location, Room, Token};
+
+pub use number::ByteSize;
 
 pub use flags::{Dtype, KvCacheDtype, LoadFormat, LogFormat, PlanFormat, PrefixCacheScope};
 
@@ -34,6 +38,8 @@ pub enum Command {
     Node(Box<NodeConfig>),
     Replica(Box<ReplicaConfig>),
     BenchServe(Box<BenchServeArgs>),
+    BenchSweep { arguments: Box<BenchSweepArgs>, model: Option<NamedModel> },
+    BenchMemory { arguments: Box<BenchMemoryArgs>, model: Option<NamedModel> },
 }
 
 /// Everything `bindery serve` and `bindery plan` need to know, checked.
@@ -299,8 +305,24 @@ pub fn parse(
         flags::Subcommand::Replica(replica) => {
             Ok(Command::Replica(Box::new(cluster::replica(replica)?)))
         }
-        flags::Subcommand::Bench(flags::Bench { command: flags::BenchCommand::Serve(bench) }) => {
-            Ok(Command::BenchServe(bench))
+        flags::Subcommand::Bench(bench) => self::bench(bench.command, environment),
+    }
+}
+
+fn bench(command: flags::BenchCommand, environment: &Environment) -> Result<Command, ConfigError> {
+    let named = |location: &Option<Location>| match location {
+        Some(location) => {
+            Ok(Some(NamedModel { location: location.clone(), hub: hub_config(environment)? }))
+        }
+        None => Ok(None),
+    };
+    match command {
+        flags::BenchCommand::Serve(arguments) => Ok(Command::BenchServe(arguments)),
+        flags::BenchCommand::Memory(arguments) => {
+            Ok(Command::BenchMemory { model: named(&arguments.model)?, arguments })
+        }
+        flags::BenchCommand::Sweep(arguments) => {
+            Ok(Command::BenchSweep { model: named(&arguments.model)?, arguments })
         }
     }
 }

@@ -20,6 +20,12 @@ fn main() -> ExitCode {
         Command::Node(config) => node::run(&config),
         Command::Replica(config) => return ended(replica::run(*config)),
         Command::BenchServe(args) => run_bench(&args),
+        Command::BenchSweep { arguments, model } => {
+            in_runtime(bench::sweep::run(&arguments, model.as_ref(), &mut std::io::stdout()))
+        }
+        Command::BenchMemory { arguments, model } => {
+            in_runtime(bench::memory::run(&arguments, model.as_ref(), &mut std::io::stdout()))
+        }
     };
     ended(done.map(|()| ExitCode::SUCCESS))
 }
@@ -34,10 +40,15 @@ fn ended(done: anyhow::Result<ExitCode>) -> ExitCode {
     }
 }
 
+fn in_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)
+}
+
 fn run_bench(args: &bench::serve::BenchServeArgs) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    match runtime.block_on(bench::serve::run(args, &mut std::io::stdout()))? {
-        Verdict::Measured => Ok(()),
-        Verdict::AllFailed => anyhow::bail!("all requests failed"),
-    }
+    in_runtime(async {
+        match bench::serve::run(args, &mut std::io::stdout()).await? {
+            Verdict::Measured => Ok(()),
+            Verdict::AllFailed => anyhow::bail!("all requests failed"),
+        }
+    })
 }

@@ -3,6 +3,8 @@
 mod load;
 mod supervised;
 
+pub(crate) use load::{MAX_ATTENDED, WATERMARK_PERCENT};
+
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;

@@ -1,6 +1,7 @@
 //! Percentiles of measured values, interpolated linearly as numpy does by default.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 /// A percentile from 0 to 100 in thousandths, so that ranks are computed in whole numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +13,9 @@ impl Percentile {
     /// The middle value.
     pub(super) const MEDIAN: Self = Self { thousandths: 50_000 };
 
+    /// What only one value in a hundred passes.
+    pub(super) const P99: Self = Self { thousandths: 99_000 };
+
     /// The value below which this share of `sorted` lies; `None` without values.
     pub(super) fn of(self, sorted: &[f64]) -> Option<f64> {
         const WHOLE: usize = 100_000;
@@ -22,6 +26,24 @@ impl Percentile {
         let high = sorted.get(scaled / WHOLE + 1).unwrap_or(low);
         Some(low + (high - low) * fraction)
     }
+}
+
+/// The values in ascending order, as [`Percentile::of`] wants them.
+pub(super) fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+/// Times as milliseconds.
+pub(super) fn milliseconds(times: impl Iterator<Item = Duration>) -> impl Iterator<Item = f64> {
+    times.map(|time| time.as_secs_f64() * 1000.0)
+}
+
+/// The mean of `values`; `None` without any.
+pub(super) fn mean(values: &[f64]) -> Option<f64> {
+    let count = u32::try_from(values.len()).ok().filter(|count| *count > 0)?;
+    Some(values.iter().sum::<f64>() / f64::from(count))
 }
 
 impl FromStr for Percentile {

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, ValueEnum};
 
 use super::number::{ByteSize, Count, Host, ModelLen, Seconds, Share, port, positive};
+use crate::bench::memory::BenchMemoryArgs;
 use crate::bench::serve::BenchServeArgs;
+use crate::bench::sweep::BenchSweepArgs;
 use crate::source::Location;
 
 const LAYERS: &str = "Every flag can also be given as an environment variable (--max-num-seqs is \
@@ -35,7 +37,7 @@ pub(super) enum Subcommand {
     /// Runs a replica Pod's process: claims an engine of the node agent and forwards to it
     #[command(args_override_self = true, after_help = LAYERS)]
     Replica(Replica),
-    /// Measures a server
+    /// Measures a server, or the engine and its memory
     Bench(Bench),
 }
 
@@ -162,6 +164,12 @@ pub(super) enum BenchCommand {
     /// Sends random prompts to an OpenAI-compatible server and prints latencies and throughput
     #[command(args_override_self = true)]
     Serve(Box<BenchServeArgs>),
+    /// Measures what a paged KV memory saves, against contiguous ones, on the engine in this process
+    #[command(args_override_self = true)]
+    Memory(Box<BenchMemoryArgs>),
+    /// Tries values of --max-num-seqs and of KV memory on the engine in this process: throughput, latencies, preemptions
+    #[command(args_override_self = true)]
+    Sweep(Box<BenchSweepArgs>),
 }
 
 #[derive(Debug, Args)]

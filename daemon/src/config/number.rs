@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// A number of bytes above 0: `4GiB`, `512MiB`, `4Gi`, `2GB` (decimal) or plain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ByteSize(pub(super) NonZeroU64);
+pub struct ByteSize(pub(super) NonZeroU64);
 
 /// A count above 0 as vLLM reads it: `4096`, `1k` (1000), `25.6k` (25600), `32K` (32768).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,13 @@ pub(super) fn positive<T: FromStr>(text: &str) -> Result<T, String> {
 /// A port; 0 lets the system choose.
 pub(super) fn port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| format!("wanted a port from 0 to 65535, got {text:?}"))
+}
+
+impl ByteSize {
+    /// How many bytes.
+    pub fn bytes(self) -> NonZeroU64 {
+        self.0
+    }
 }
 
 impl FromStr for ByteSize {

@@ -208,3 +208,18 @@ fn the_example_names_the_bound_port_and_survives_the_shell() {
     assert!(line.contains("--unix-socket '/tmp/s'") && line.contains("$KEY"), "{line}");
     assert!(line.contains("/v1/completions") && line.contains("\"prompt\""), "{line}");
 }
+
+#[test]
+fn a_benchmark_in_this_process_may_name_a_model_and_asks_the_hub_of_the_environment() {
+    let environment = Environment::from([("HF_ENDPOINT", "http://hub.local/")]);
+    match parse(words("bench memory hf://org/name --sections live,cost"), &environment).unwrap() {
+        Command::BenchMemory { model: Some(model), arguments } => {
+            assert_eq!(model.hub.endpoint, "http://hub.local");
+            assert_eq!(arguments.sections.len(), 2);
+        }
+        other => panic!("wanted bench memory with a model, got {other:?}"),
+    }
+    let sweep = parse(words("bench sweep --max-num-seqs 2,4"), &environment).unwrap();
+    assert!(matches!(sweep, Command::BenchSweep { model: None, .. }), "{sweep:?}");
+    assert!(refusal("bench memory --sections all").contains("--sections"));
+}

@@ -322,6 +322,11 @@ impl Submitted {
         self.events.recv().await
     }
 
+    /// The next event if it is there already.
+    pub(crate) fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
     /// Ends one choice because of a stop string; see [`Command::Finish`].
     /// A full command queue loses the command: the choice then runs to its length and its owner ignores it.
     pub fn finish(&self, choice: u32, output_tokens: u32) {

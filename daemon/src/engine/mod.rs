@@ -8,4 +8,5 @@ pub mod stats;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use run::{Engine, stepped};
 pub use run::{EngineConfig, Running, start};

@@ -51,7 +51,7 @@ impl Running {
 
 /// Why the loop ended while there was work.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(crate) enum Failure {
     #[error(transparent)]
     Backend(#[from] BackendError),
     #[error(
@@ -61,7 +61,7 @@ enum Failure {
 }
 
 #[derive(Debug)]
-struct Engine<B, R> {
+pub(crate) struct Engine<B, R> {
     backend: B,
     recorder: R,
     scheduler: Scheduler,
@@ -91,17 +91,42 @@ pub fn start<B: Backend + 'static, R: Record + 'static>(
     config: EngineConfig,
     recorder: R,
 ) -> std::io::Result<(Handle, Running)> {
+    let (state, _) = watch::channel(State::Ready);
+    let (handle, engine) = assemble(backend, config, recorder, state.clone());
+    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+        // Also when the thread unwinds: whoever watches the state learns that the engine is gone.
+        let _stopped = SaysStopped(state);
+        engine.run();
+    })?;
+    Ok((handle, Running { thread }))
+}
+
+/// An engine that its caller drives by [`Engine::try_turn`] on a thread of its own choice: for measurements in steps.
+pub(crate) fn stepped<B: Backend, R: Record>(
+    backend: B,
+    config: EngineConfig,
+    recorder: R,
+) -> (Handle, Engine<B, R>) {
+    let (state, _) = watch::channel(State::Ready);
+    assemble(backend, config, recorder, state)
+}
+
+fn assemble<B: Backend, R: Record>(
+    backend: B,
+    config: EngineConfig,
+    recorder: R,
+    state: watch::Sender<State>,
+) -> (Handle, Engine<B, R>) {
     let n_commands = config.queue.requests.get().saturating_add(SPARE_COMMANDS);
     let (sender, commands) = sync_channel(n_commands.min(MAX_COMMANDS));
     let shared = Arc::new(Shared::new());
-    let (state, _) = watch::channel(State::Ready);
     let capacity = Capacity {
         max_model_len: config.max_model_len,
         max_num_seqs: config.limits.max_num_seqs,
         block_size: config.limits.block_size,
         blocks: config.limits.blocks,
     };
-    let handle = Handle::new(sender, Arc::clone(&shared), state.clone(), config.queue, capacity);
+    let handle = Handle::new(sender, Arc::clone(&shared), state, config.queue, capacity);
     let engine = Engine {
         backend,
         recorder,
@@ -119,12 +144,7 @@ pub fn start<B: Backend + 'static, R: Record + 'static>(
         surplus_tokens: 0,
         step_ended: Instant::now(),
     };
-    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-        // Also when the thread unwinds: whoever watches the state learns that the engine is gone.
-        let _stopped = SaysStopped(state);
-        engine.run();
-    })?;
-    Ok((handle, Running { thread }))
+    (handle, engine)
 }
 
 struct SaysStopped(watch::Sender<State>);
@@ -145,6 +165,31 @@ impl<B: Backend, R: Record> Engine<B, R> {
             }
             self.shared.progressed();
         }
+    }
+
+    /// Obeys the commands that are there and takes one turn, without sleeping. `false`: there is nothing to do.
+    pub(crate) fn try_turn(&mut self) -> Result<bool, Failure> {
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+        if self.scheduler.is_empty() && self.in_flight.is_empty() {
+            return Ok(false);
+        }
+        self.turn()?;
+        Ok(true)
+    }
+
+    pub(crate) fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    pub(crate) fn recorder_mut(&mut self) -> &mut R {
+        &mut self.recorder
+    }
+
+    /// The most slots that a running sequence holds and has not filled.
+    pub(crate) fn most_empty_slots(&self) -> usize {
+        self.scheduler.most_empty_slots()
     }
 
     /// Takes all commands that are there, and sleeps for one when nothing can be computed.

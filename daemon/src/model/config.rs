@@ -1,7 +1,9 @@
 //! What a model is made of, read from `config.json` or from GGUF metadata and checked: sizes, rotation, windows,
 //! norms and biases. Nothing here knows where tensors lie.
 
-use kernels::cpu::Activation;
+use std::num::NonZeroU32;
+
+use kernels::cpu::{Activation, KvDtype, KvShape};
 use serde_json::Value as Json;
 
 use super::error::ModelError;
@@ -269,6 +271,19 @@ impl ModelConfig {
     /// Values of K, and of V, of one token in one layer.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
+    }
+
+    /// The shape of this model's KV arena, the null block among its `blocks`; `None` where a size passes 32 bits.
+    pub fn kv_shape(&self, blocks: u32, block_size: NonZeroU32, dtype: KvDtype) -> Option<KvShape> {
+        let figure = |size: usize| u32::try_from(size).ok();
+        Some(KvShape {
+            blocks,
+            block_size: block_size.get(),
+            layers: figure(self.layers)?,
+            kv_heads: figure(self.kv_heads)?,
+            head_dim: figure(self.head_dim)?,
+            dtype,
+        })
     }
 }
 

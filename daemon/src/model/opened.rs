@@ -126,6 +126,18 @@ impl Opened {
     }
 }
 
+/// Made-up weights of a shape, without any file: for measurements in which only the shape matters.
+///
+/// # Errors
+/// When the memory cannot be had.
+pub fn dummy_weights(config: &ModelConfig, seed: u64) -> Result<Weights, ModelError> {
+    let source = Source::Dummy(Dummy { seed });
+    let progress = &mut |_, _| {};
+    let mut packer =
+        Packer { source: &source, dtype: None, progress, packed_bytes: 0, all_bytes: 0 };
+    wanted(config, Layout::Safetensors).read(&mut packer)
+}
+
 /// The dtype that unquantized matrices are packed in; `None` keeps the file's.
 fn packed_dtype(layout: Layout, wanted: WeightDtype) -> Option<Dtype> {
     let dtype = match wanted {

@@ -210,6 +210,13 @@ impl Scheduler {
         self.pool.usage()
     }
 
+    /// The most slots that a running sequence holds and has not filled.
+    pub fn most_empty_slots(&self) -> usize {
+        let size = self.limits.block_size.tokens();
+        let empty = |running: &Running| running.table.len() * size - running.computed;
+        self.running.iter().map(empty).max().unwrap_or_default()
+    }
+
     /// Tokens drawn for sequences that had ended, since the start.
     pub fn discarded_tokens(&self) -> usize {
         self.discarded_tokens

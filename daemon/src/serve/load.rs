@@ -28,9 +28,9 @@ use crate::source::{Downloaded, Location, Retry};
 use crate::supervise::{Event, Reporter};
 
 /// Tokens x context of one prefill chunk: 256 tokens after 4,000, fewer further on.
-const MAX_ATTENDED: usize = 1 << 20;
+pub(crate) const MAX_ATTENDED: usize = 1 << 20;
 /// Of 100 blocks this many stay free when a request is admitted beside others.
-const WATERMARK_PERCENT: usize = 1;
+pub(crate) const WATERMARK_PERCENT: usize = 1;
 
 /// A model whose engine runs.
 pub(super) struct Ready {
@@ -103,17 +103,8 @@ impl Found {
     }
 
     fn kv_shape(&self, config: &ServeConfig, blocks: u32) -> Result<KvShape> {
-        let model = self.opened.config();
-        let figure =
-            |size: usize| u32::try_from(size).context("a size of the model does not fit 32 bits");
-        Ok(KvShape {
-            blocks,
-            block_size: config.block_size.get(),
-            layers: figure(model.layers)?,
-            kv_heads: figure(model.kv_heads)?,
-            head_dim: figure(model.head_dim)?,
-            dtype: self.kv_dtype,
-        })
+        let shape = self.opened.config().kv_shape(blocks, config.block_size, self.kv_dtype);
+        shape.context("a size of the model does not fit 32 bits")
     }
 }
 

@@ -99,7 +99,7 @@ impl Listen {
             Example::Chat => (
                 "chat/completions",
                 "messages",
-                json!([{"role": "user", "content": "What is the capital of France?"}]),
+                json!([{"role": "user", "content": "What is the capital of Germany?"}]),
             ),
             Example::Completion => ("completions", "prompt", json!("The capital of France is")),
         };

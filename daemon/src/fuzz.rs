@@ -185,8 +185,8 @@ mod tests {
             let path = entry.unwrap().path();
             let bytes = checked_bytes(&std::fs::read(&path).unwrap());
             let whole = path.file_name().is_some_and(|name| name == "tiny_whole");
-            // 12 + 2 x 16 + 3 x 8 + 2 x 8 numbers in matrices, 3 norms of 4 and biases of 4 + 2 + 2.
-            let wanted = whole.then_some(2 * (12 + 2 * 16 + 2 * 8 + 3 * 8) + 4 * (3 * 4 + 8));
+            // 7 matrices of 4 columns and one of 2, in panels of 16 rows; 3 norms of 4 and biases of 4 + 2 + 2.
+            let wanted = whole.then_some(2 * 16 * (7 * 4 + 2) + 4 * (3 * 4 + 8));
             assert_eq!(bytes, wanted, "{}", path.display());
         }
     }

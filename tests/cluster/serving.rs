@@ -20,8 +20,8 @@ fn apply_ready_chat_scale_delete(cluster: &Cluster) -> Result<()> {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/smollm2.yaml");
     space.kubectl(&["apply", "-f", example])?;
     space.kubectl(&["wait", "--for=condition=Ready", "imodel/smollm2", "--timeout=90s"])?;
-    let answer = space.chat("smollm2", "What is the capital of France?")?;
-    ensure!(answer.contains("Paris"), "{answer}");
+    let answer = space.chat("smollm2", "What is the capital of Germany?")?;
+    ensure!(answer.contains("Berlin"), "{answer}");
     stream_says_the_same(&space, &answer)?;
 
     space.kubectl(&["scale", "imodel/smollm2", "--replicas=3"])?;
@@ -54,7 +54,7 @@ fn apply_ready_chat_scale_delete(cluster: &Cluster) -> Result<()> {
 fn stream_says_the_same(space: &Namespace, answer: &str) -> Result<()> {
     let body = json!({
         "model": "smollm2", "temperature": 0, "max_tokens": 24, "stream": true,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of Germany?"}],
     });
     let url = format!("{}/v1/chat/completions", space.service("smollm2")?);
     let (status, text) = space.cluster.post(&url, &body)?;
@@ -78,8 +78,8 @@ fn a_model_named_bindery_serves(cluster: &Cluster) -> Result<()> {
     space.kubectl(&["rollout", "restart", "deployment/bindery"])?;
     space.kubectl(&["rollout", "status", "deployment/bindery", "--timeout=90s"])?;
     space.wait_until_ready("bindery")?;
-    let answer = space.chat("bindery", "What is the capital of France?")?;
-    ensure!(answer.contains("Paris"), "{answer}");
+    let answer = space.chat("bindery", "What is the capital of Germany?")?;
+    ensure!(answer.contains("Berlin"), "{answer}");
     Ok(())
 }
 

@@ -7,11 +7,11 @@ import openai
 
 url, key = sys.argv[1:3]
 client = openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
-messages = [{"role": "user", "content": "What is the capital of France?"}]
+messages = [{"role": "user", "content": "What is the capital of Germany?"}]
 
 assert [model.id for model in client.models.list()] == ["tiny"]
 answer = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=20)
-assert "Paris" in answer.choices[0].message.content, answer
+assert "Berlin" in answer.choices[0].message.content, answer
 assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 stream = client.chat.completions.create(

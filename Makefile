@@ -16,7 +16,7 @@ CLUSTER ?= target/cluster
 HELM_ARGS ?=
 TEST ?=
 KEEP ?=
-.PHONY: help run test test-cluster bench bench-hop bench-operator fuzz image cluster-up cluster-down tools components
+.PHONY: help run test test-cluster bench bench-hop bench-cpu bench-operator fuzz image cluster-up cluster-down tools components
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
@@ -54,6 +54,11 @@ bench-hop: tools ## What the replica between a client and its engine costs, side
 	$(CARGO) build --release --locked --workspace --bins
 	@model=$$($(PYTHON) tests/fetch_model.py) && $(PYTHON) tests/cluster/small_model.py "$$model" target/small.gguf 2
 	$(CARGO) bench --locked --workspace --bench hop -- $(abspath target/small.gguf)
+
+bench-cpu: tools ## Ours against llama.cpp's server on the same model, side by side (builds the peer once; needs cmake and g++)
+	$(CARGO) build --release --locked --workspace --bins
+	@model=$$($(PYTHON) tests/fetch_model.py) && llama=$$($(PYTHON) tests/llama_server.py) && \
+	$(PYTHON) tests/bench_cpu.py target/release/bindery "$$model" "$$llama"
 
 bench-operator: tools ## A thousand models and five thousand Pods on a real API server (as root; needs Go)
 	@sh tests/cluster/bench_operator.sh $(CLUSTER)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kernels::cpu::Dtype;
+use kernels::cpu::{Dtype, Memory};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
@@ -107,9 +107,12 @@ impl Opened {
     /// Names the tensor at fault.
     pub fn load(self, progress: &mut dyn FnMut(u64, u64)) -> Result<Weights, ModelError> {
         let all_bytes = self.weight_bytes as u64;
+        let memory = Memory::new(self.weight_bytes)
+            .map_err(|source| ModelError::Kernel { name: "all weights".to_owned(), source })?;
         let mut packer = Packer {
             source: &self.source,
             dtype: self.dtype,
+            memory,
             progress,
             packed_bytes: 0,
             all_bytes,
@@ -132,9 +135,9 @@ impl Opened {
 /// When the memory cannot be had.
 pub fn dummy_weights(config: &ModelConfig, seed: u64) -> Result<Weights, ModelError> {
     let source = Source::Dummy(Dummy { seed });
-    let progress = &mut |_, _| {};
+    let (memory, progress) = (Memory::default(), &mut |_, _| {});
     let mut packer =
-        Packer { source: &source, dtype: None, progress, packed_bytes: 0, all_bytes: 0 };
+        Packer { source: &source, dtype: None, memory, progress, packed_bytes: 0, all_bytes: 0 };
     wanted(config, Layout::Safetensors).read(&mut packer)
 }
 

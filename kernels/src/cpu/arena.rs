@@ -9,6 +9,7 @@ use half::{bf16, f16};
 
 use super::error::{KernelError, expect_below, expect_len};
 use super::lanes::{Lanes, ROWS};
+use super::memory::want_large_pages;
 
 /// How K and V are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +105,13 @@ impl KvArena {
             KvDtype::F16 => Values::F16(vec![0_u16; len].reinterpret_into()),
             KvDtype::BF16 => Values::BF16(vec![0_u16; len].reinterpret_into()),
         };
-        Ok(Self { shape, values })
+        let mut arena = Self { shape, values };
+        match &mut arena.values {
+            Values::F32(values) => want_large_pages(values),
+            Values::F16(values) => want_large_pages(values),
+            Values::BF16(values) => want_large_pages(values),
+        }
+        Ok(arena)
     }
 
     /// Writes to every page, so that its memory is taken now and not later.

@@ -1,27 +1,31 @@
 //! Weights, packed for products: resident once, never expanded.
 
+use bytes::Bytes;
+
 use super::dtype::Dtype;
 use super::error::{KernelError, expect_below, expect_len};
 use super::lanes::ROWS;
+use super::memory::Memory;
 use super::panel;
 
-/// A [rows, cols] matrix in panels of 16 rows. Owns about as many bytes as its source has.
+/// A [rows, cols] matrix in panels of 16 rows. Owns its part of a [`Memory`], about as many bytes as its source has.
 #[derive(Debug, Clone)]
 pub struct Matrix {
     dtype: Dtype,
     rows: usize,
     cols: usize,
     panel_bytes: usize,
-    packed: Vec<u8>,
+    packed: Bytes,
 }
 
 impl Matrix {
-    /// Packs `rows` rows of `cols` values. `bytes`: the rows in GGUF's layout of the dtype.
+    /// Packs `rows` rows of `cols` values into `memory`. `bytes`: the rows in GGUF's layout of the dtype.
     /// Row `i` of the result is row `order(i)` of the source.
     ///
     /// # Errors
     /// When the length of `bytes` is not that of the shape, or `order` names a row that is not there.
-    pub fn pack(
+    pub fn pack_into(
+        memory: &mut Memory,
         dtype: Dtype,
         rows: usize,
         cols: usize,
@@ -35,7 +39,7 @@ impl Matrix {
         let total = Self::bytes_for(dtype, rows, cols).ok_or(KernelError::Overflow("a matrix"))?;
         let panel_bytes = total / rows.div_ceil(ROWS);
         (0..rows).try_for_each(|row| expect_below("a row of the order", order(row), rows))?;
-        let mut packed = vec![0; total];
+        let mut packed = memory.take(total)?;
         let row_bytes = wanted.checked_div(rows).unwrap_or(0);
         for (index, panel) in packed.chunks_exact_mut(panel_bytes.max(1)).enumerate() {
             let source = |r: usize| {
@@ -44,7 +48,21 @@ impl Matrix {
             };
             panel::pack(dtype, &std::array::from_fn(source), panel);
         }
-        Ok(Self { dtype, rows, cols, panel_bytes, packed })
+        Ok(Self { dtype, rows, cols, panel_bytes, packed: packed.freeze() })
+    }
+
+    /// Packs into memory of its own.
+    ///
+    /// # Errors
+    /// As [`Self::pack_into`].
+    pub fn pack(
+        dtype: Dtype,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+        order: &(dyn Fn(usize) -> usize + Sync),
+    ) -> Result<Self, KernelError> {
+        Self::pack_into(&mut Memory::default(), dtype, rows, cols, bytes, order)
     }
 
     /// Resident bytes of a matrix; `None` when `cols` is not a multiple of the block or the sizes overflow.

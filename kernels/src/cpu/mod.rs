@@ -16,6 +16,7 @@ mod lanes;
 mod lanes_x86;
 mod logits;
 mod matrix;
+mod memory;
 mod multiply;
 mod norm;
 mod panel;
@@ -33,6 +34,7 @@ pub use logits::{
     sum_reaching,
 };
 pub use matrix::Matrix;
+pub use memory::Memory;
 pub use multiply::{Map, Multiplier};
 pub use norm::rms_norm;
 pub use rope::rope;

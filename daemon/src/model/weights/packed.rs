@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use half::{bf16, f16};
-use kernels::cpu::{Dtype, Matrix};
+use kernels::cpu::{Dtype, Matrix, Memory};
 use rayon::prelude::*;
 
 use super::dummy::zeroed;
@@ -24,6 +24,7 @@ pub(crate) struct Packer<'a> {
     pub(crate) source: &'a Source,
     /// The dtype that unquantized matrices of safetensors are packed in; `None` keeps the file's.
     pub(crate) dtype: Option<Dtype>,
+    pub(crate) memory: Memory,
     pub(crate) progress: &'a mut dyn FnMut(u64, u64),
     pub(crate) packed_bytes: u64,
     pub(crate) all_bytes: u64,
@@ -140,7 +141,8 @@ impl Reader for Packer<'_> {
             }
         };
         let bytes = if from == to { bytes } else { Cow::Owned(converted(name, &bytes, from, to)?) };
-        let matrix = Matrix::pack(to, *rows, *cols, &bytes, &|row| order.source(row))
+        let source = |row| order.source(row);
+        let matrix = Matrix::pack_into(&mut self.memory, to, *rows, *cols, &bytes, &source)
             .map_err(|source| ModelError::Kernel { name: name.clone(), source })?;
         self.finish(stored, matrix.bytes());
         Ok(matrix)

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::error::{KernelError, expect_below, expect_len};
 use super::lanes::{Lanes, ROWS};
-use super::memory::want_large_pages;
+use super::memory::{prefetch, want_large_pages};
 
 /// How K and V are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,12 +237,9 @@ impl KvArena {
         out: &mut [f32],
     ) {
         let size = self.shape.block_size as usize;
-        let first = self.first_of(place.layer, place.block, Side::Key, place.head);
-        for dimension in 0..self.shape.head_dim as usize {
-            let from = first + dimension * size;
-            let out = &mut out[dimension * stride..][..slots.len()];
-            self.widen::<L>(from + slots.start..from + slots.end, out);
-        }
+        let first = self.first_of(place.layer, place.block, Side::Key, place.head) + slots.start;
+        let source = Strided { first, step: size, len: slots.len() };
+        self.widen::<L>(source, self.shape.head_dim as usize, stride, out);
     }
 
     /// Widens slots of one head's V. `out`: [slots][`stride`].
@@ -256,20 +253,54 @@ impl KvArena {
     ) {
         let head_dim = self.shape.head_dim as usize;
         let first = self.first_of(place.layer, place.block, Side::Value, place.head);
-        for (slot, out) in slots.zip(out.chunks_exact_mut(stride)) {
-            let from = first + slot * head_dim;
-            self.widen::<L>(from..from + head_dim, &mut out[..head_dim]);
+        let first = first + slots.start * head_dim;
+        self.widen::<L>(Strided { first, step: head_dim, len: head_dim }, slots.len(), stride, out);
+    }
+
+    /// Asks for one head of a block before it is read.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, place: Place) {
+        let len = self.shape.block_size as usize * self.shape.head_dim as usize;
+        for side in [Side::Key, Side::Value] {
+            let first = self.first_of(place.layer, place.block, side, place.head);
+            match &self.values {
+                Values::F32(values) => prefetch(&values[first..first + len]),
+                Values::F16(values) => prefetch(&values[first..first + len]),
+                Values::BF16(values) => prefetch(&values[first..first + len]),
+            }
         }
     }
 
+    /// Widens `rows` rows. `out`: [rows][`stride`].
     #[inline(always)]
-    fn widen<L: Lanes>(&self, range: Range<usize>, out: &mut [f32]) {
+    fn widen<L: Lanes>(&self, source: Strided, rows: usize, stride: usize, out: &mut [f32]) {
+        let Strided { first, step, len } = source;
+        let range = first..first + rows.saturating_sub(1) * step + len;
+        let out = out.chunks_mut(stride);
         match &self.values {
-            Values::F32(values) => out.copy_from_slice(&values[range]),
-            Values::F16(values) => widen_halves::<L>(values[range].reinterpret_cast(), out),
+            Values::F32(values) => {
+                for (values, out) in values[range].chunks(step).zip(out) {
+                    out[..len].copy_from_slice(&values[..len]);
+                }
+            }
+            Values::F16(values) => {
+                let words: &[u16] = values[range].reinterpret_cast();
+                if len == ROWS {
+                    // K in blocks of 16: one vector a row.
+                    for (words, out) in words.chunks(step).zip(out) {
+                        L::store(L::half_words(words), out);
+                    }
+                    return;
+                }
+                for (words, out) in words.chunks(step).zip(out) {
+                    widen_halves::<L>(&words[..len], &mut out[..len]);
+                }
+            }
             Values::BF16(values) => {
-                for (out, value) in out.iter_mut().zip(&values[range]) {
-                    *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+                for (values, out) in values[range].chunks(step).zip(out) {
+                    for (value, out) in values[..len].iter().zip(out) {
+                        *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+                    }
                 }
             }
         }
@@ -310,6 +341,14 @@ fn touch<T: Copy>(values: &mut [T], zero: T) {
         .iter_mut()
         .step_by(4096 / size_of::<T>())
         .for_each(|value| *value = std::hint::black_box(zero));
+}
+
+/// Rows of `len` values, `step` apart.
+#[derive(Debug, Clone, Copy)]
+struct Strided {
+    first: usize,
+    step: usize,
+    len: usize,
 }
 
 /// One head of one layer in one block.

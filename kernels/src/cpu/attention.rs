@@ -238,6 +238,20 @@ impl KvArena {
     }
 }
 
+impl KvArena {
+    /// Asks for the next tile's blocks; larger ones are long enough for the processor to see by itself.
+    #[inline(always)]
+    fn prefetch_tile(&self, place: Place, table: &[u32], tile: usize, end: usize) {
+        let size = self.shape().block_size as usize;
+        if size <= TILE && tile < end {
+            let last = (tile + TILE).min(end).div_ceil(size);
+            table[tile / size..last]
+                .iter()
+                .for_each(|&block| self.prefetch(Place { block, ..place }));
+        }
+    }
+}
+
 /// Where a tile is gathered.
 struct Gathered<'a> {
     k: &'a mut [f32],
@@ -289,6 +303,7 @@ fn body<L: Lanes>(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
     let place = Place { layer: shared.attention.layer, block: 0, head: task.kv_head };
     for tile in (begin / TILE * TILE..end).step_by(TILE) {
         let to = end.min(tile + TILE);
+        shared.arena.prefetch_tile(place, task.table, tile + TILE, end);
         let gathered = Gathered { k: &mut *k, v: &mut *v, stride };
         shared.arena.gather::<L>(place, task.table, tile, to, gathered);
         for token in 0..task.tokens {

@@ -71,24 +71,20 @@ fn quantize_tile_body(x: &[f32], cols: usize, tile: &mut [Block]) {
     }
 }
 
-/// The largest magnitude, by 16 lanes.
+/// The largest magnitude, by 16 lanes; NaN where there is one. Without their sign floats have the order of their bits.
 #[inline(always)]
 fn largest(x: &[f32]) -> f32 {
-    let mut lanes = [0.0_f32; BLOCK / 2];
+    let mut lanes = [0_u32; BLOCK / 2];
     for x in x.chunks_exact(BLOCK / 2) {
         for (lane, x) in lanes.iter_mut().zip(x) {
-            let size = x.abs();
-            *lane = if size > *lane { size } else { *lane };
+            *lane = (*lane).max(x.abs().to_bits());
         }
     }
-    let mut width = BLOCK / 4;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
-        }
-        width /= 2;
+    let mut most = 0;
+    for lane in lanes {
+        most = most.max(lane);
     }
-    lanes[0]
+    f32::from_bits(most)
 }
 
 #[inline(always)]

@@ -51,6 +51,6 @@ cat <<TRY
 Try:
   $short/kubectl apply -f examples/smollm2.yaml
   $short/kubectl wait --for=condition=Ready imodel/smollm2 --timeout=60s
-  $short/in curl -s http://\$($short/kubectl get service smollm2 -o 'jsonpath={.spec.clusterIP}')/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2", "messages": [{"role": "user", "content": "What is the capital of Germany?"}], "max_tokens": 32}'
+  $short/in curl -s http://\$($short/kubectl get service smollm2 -o 'jsonpath={.spec.clusterIP}')/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2", "messages": [{"role": "user", "content": "What is the capital of Germany?"}], "max_tokens": 32, "temperature": 0}'
 Remove it with: make cluster-down
 TRY

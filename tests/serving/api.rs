@@ -131,6 +131,7 @@ async fn beams_and_best_of_come_best_first(server: &Server) -> Result<()> {
     body["temperature"] = 1.into();
     body["best_of"] = 4.into();
     body["seed"] = 3.into();
+    body["ignore_eos"] = true.into();
     let best = server.ask("/v1/completions", &body).await?;
     assert_eq!(best["choices"].as_array().map_or(0, Vec::len), 1);
     assert_eq!(best["choices"][0]["logprobs"], Value::Null, "nobody asked for them");

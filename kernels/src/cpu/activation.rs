@@ -44,14 +44,17 @@ pub(crate) struct Quantized {
 impl Quantized {
     /// Quantizes `x`: [m, cols], cols a multiple of 32. The result depends on each row alone.
     pub(crate) fn fill(&mut self, x: &[f32], cols: usize) {
-        let blocks = cols / BLOCK;
+        let blocks = (cols / BLOCK).max(1);
         let tiles = (x.len() / cols.max(1)).div_ceil(TILE);
-        self.blocks.resize(tiles * blocks, Block::EMPTY);
-        let tiles = self.blocks.par_chunks_exact_mut(blocks.max(1)).with_min_len(TASK / cols + 1);
+        // What a larger batch has left is written over, not cleared.
+        if self.blocks.len() < tiles * blocks {
+            self.blocks.resize(tiles * blocks, Block::EMPTY);
+        }
+        let tiles = self.blocks.par_chunks_exact_mut(blocks).with_min_len(TASK / cols + 1);
         tiles.zip(x.par_chunks(TILE * cols)).for_each(|(tile, x)| quantize_tile(x, cols, tile));
     }
 
-    /// The blocks of 16 rows: [cols / 32].
+    /// The blocks of 16 rows each: [cols / 32]. Those behind the batch are an earlier one's.
     pub(crate) fn tiles(&self, cols: usize) -> impl Iterator<Item = &[Block]> {
         self.blocks.chunks_exact((cols / BLOCK).max(1))
     }

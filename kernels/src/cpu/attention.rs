@@ -17,6 +17,7 @@ use super::instructions::{InstructionSet, instruction_set};
 use super::lanes::{Lanes, Portable, ROWS};
 #[cfg(target_arch = "x86_64")]
 use super::lanes_x86::{Avx2, Avx512};
+use super::out::Out;
 
 /// Positions of a tile.
 const TILE: usize = 32;
@@ -69,30 +70,7 @@ struct Shared<'a> {
     arena: &'a KvArena,
     attention: Attention,
     q: &'a [f32],
-    out: Out,
-}
-
-/// Where tasks write: each the heads of its KV head in the rows of its tokens.
-#[derive(Debug, Clone, Copy)]
-struct Out {
-    at: *mut f32,
-    len: usize,
-}
-
-// SAFETY: tasks write disjoint ranges, see `Out::row`.
-unsafe impl Send for Out {}
-// SAFETY: as above.
-unsafe impl Sync for Out {}
-
-impl Out {
-    /// # Safety
-    /// No other task may use the range while the result lives.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn row<'a>(self, range: Range<usize>) -> &'a mut [f32] {
-        assert!(range.start <= range.end && range.end <= self.len, "inside the output");
-        // SAFETY: the range lies inside the slice that `at` was made from, which outlives the tasks, and is one task's.
-        unsafe { std::slice::from_raw_parts_mut(self.at.wrapping_add(range.start), range.len()) }
-    }
+    out: Out<'a>,
 }
 
 /// A task's buffers, kept by its thread.
@@ -132,38 +110,30 @@ impl KvArena {
         out: &mut [f32],
     ) -> Result<(), KernelError> {
         self.check(attention, spans, q, out)?;
-        let out = Out { at: out.as_mut_ptr(), len: out.len() };
-        let shared = Shared { arena: self, attention: *attention, q, out };
+        let shared = Shared { arena: self, attention: *attention, q, out: Out::new(out) };
         let kv_heads = self.shape().kv_heads as usize;
-        let task = |span: &AttendSpan<'_>, first: usize, kv_head: usize| {
-            let tokens = GROUP.min(span.tokens.len() - first);
-            let first_position = span.start as usize + first;
-            let table = span.table;
-            run(
-                shared,
-                Task {
-                    table,
-                    first_token: span.tokens.start + first,
-                    first_position,
-                    tokens,
-                    kv_head,
-                },
-            );
+        let tasks = |span: &AttendSpan<'_>| span.tokens.len().div_ceil(GROUP) * kv_heads;
+        let one = |span: &AttendSpan<'_>, index: usize| {
+            let first = index / kv_heads * GROUP;
+            let task = Task {
+                table: span.table,
+                first_token: span.tokens.start + first,
+                first_position: span.start as usize + first,
+                tokens: GROUP.min(span.tokens.len() - first),
+                kv_head: index % kv_heads,
+            };
+            run(shared, task);
         };
         let seen: usize = spans
             .iter()
             .map(|span| span.tokens.len() * (span.start as usize + span.tokens.len()))
             .sum();
-        let of_span = |span: &AttendSpan<'_>| span.tokens.len().div_ceil(GROUP) * kv_heads;
-        let one = |span: &AttendSpan<'_>, index: usize| {
-            task(span, index / kv_heads * GROUP, index % kv_heads);
-        };
         let width = attention.heads as usize * self.shape().head_dim as usize;
         if 2 * seen * width < TASK {
-            spans.iter().for_each(|span| (0..of_span(span)).for_each(|index| one(span, index)));
+            spans.iter().for_each(|span| (0..tasks(span)).for_each(|index| one(span, index)));
         } else {
             spans.par_iter().for_each(|span| {
-                (0..of_span(span)).into_par_iter().for_each(|index| one(span, index));
+                (0..tasks(span)).into_par_iter().for_each(|index| one(span, index));
             });
         }
         Ok(())
@@ -236,9 +206,7 @@ impl KvArena {
             position += keys;
         }
     }
-}
 
-impl KvArena {
     /// Asks for the next tile's blocks; larger ones are long enough for the processor to see by itself.
     #[inline(always)]
     fn prefetch_tile(&self, place: Place, table: &[u32], tile: usize, end: usize) {
@@ -329,7 +297,7 @@ fn body<L: Lanes>(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
         let range = queries(shared, task, token);
         // SAFETY: the rows of a task's tokens and the heads of its KV head are no other task's, and spans do not overlap
         // (`check`).
-        let out = unsafe { shared.out.row(range) };
+        let out = unsafe { shared.out.part(range) };
         let sums = sums.chunks_exact(stride).zip(&*states).skip(token * group);
         for (out, (sums, state)) in out.chunks_exact_mut(head_dim).zip(sums) {
             for (out, sum) in out.iter_mut().zip(sums) {
@@ -658,7 +626,7 @@ mod tests {
             let q: Vec<f32> = (92..100).flat_map(|token| row(token, width, 3)).collect();
             let attended = |set| {
                 let mut out = vec![0.0; q.len()];
-                let at = Out { at: out.as_mut_ptr(), len: out.len() };
+                let at = Out::new(&mut out);
                 let shared = Shared { arena: &arena, attention, q: &q, out: at };
                 let task = Task {
                     table: &table,

@@ -19,6 +19,7 @@ mod matrix;
 mod memory;
 mod multiply;
 mod norm;
+mod out;
 mod panel;
 mod quantized;
 mod rope;

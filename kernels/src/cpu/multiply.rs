@@ -12,6 +12,7 @@ use super::error::{KernelError, expect_len};
 use super::instructions::dispatched;
 use super::lanes::ROWS;
 use super::matrix::Matrix;
+use super::out::Out;
 use super::panel::{self, CHUNK, Lane};
 use super::quantized;
 
@@ -45,36 +46,11 @@ struct Part<'a> {
     x: &'a [f32],
 }
 
-/// Where the tasks write: each to columns of its own.
-#[derive(Clone, Copy)]
-struct Out {
-    at: *mut f32,
-    len: usize,
-}
-
-// SAFETY: tasks write disjoint elements, see `Out::write`.
-unsafe impl Send for Out {}
-// SAFETY: as above.
-unsafe impl Sync for Out {}
-
-impl Out {
-    /// # Safety
-    /// No other task may write or read these elements during the product.
-    unsafe fn write(self, first: usize, values: &[f32]) {
-        assert!(first <= self.len && values.len() <= self.len - first, "inside the output");
-        // SAFETY: the elements are inside the slice that `at` was made from, and nobody else uses them.
-        unsafe {
-            let place = self.at.wrapping_add(first);
-            std::ptr::copy_nonoverlapping(values.as_ptr(), place, values.len());
-        }
-    }
-}
-
 /// What the tasks of one product share.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct Product<'a> {
     matrix: &'a Matrix,
-    out: Out,
+    out: Out<'a>,
     x: &'a [f32],
     quantized: &'a Quantized,
 }
@@ -100,10 +76,8 @@ impl Multiplier {
             self.quantized.fill(x, cols);
         }
         let quantized = &self.quantized;
-        let products = maps.map(|Map { matrix, out }| {
-            let out = Out { at: out.as_mut_ptr(), len: out.len() };
-            Product { matrix, out, x, quantized }
-        });
+        let products =
+            maps.map(|Map { matrix, out }| Product { matrix, out: Out::new(out), x, quantized });
         run(&products, m);
         Ok(())
     }
@@ -136,7 +110,8 @@ fn multiply_panel(product: Product<'_>, index: usize) {
     }
     let Product { matrix, quantized, .. } = product;
     let m = product.x.len() / matrix.cols();
-    for (tile, x) in quantized.tiles(matrix.cols()).enumerate() {
+    let tiles = quantized.tiles(matrix.cols()).take(m.div_ceil(QUANTIZED_ROWS));
+    for (tile, x) in tiles.enumerate() {
         let first = tile * QUANTIZED_ROWS;
         let mut sums = [[0.0; ROWS]; QUANTIZED_ROWS];
         let sums = &mut sums[..QUANTIZED_ROWS.min(m - first)];
@@ -163,8 +138,9 @@ impl Product<'_> {
         let rows = self.matrix.rows();
         let used = ROWS.min(rows - panel * ROWS);
         for (i, sums) in sums.iter().enumerate() {
+            let at = (first + i) * rows + panel * ROWS;
             // SAFETY: row and columns name elements that only this panel's task writes.
-            unsafe { self.out.write((first + i) * rows + panel * ROWS, &sums[..used]) };
+            unsafe { self.out.part(at..at + used) }.copy_from_slice(&sums[..used]);
         }
     }
 }

@@ -20,9 +20,7 @@ pub(crate) type Lane = [f32; ROWS];
 /// Bytes of one panel; `None` when `cols` is not a multiple of the block or the sizes overflow.
 pub(crate) fn panel_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
     let floats = dtype.bytes_for(ROWS, cols)?;
-    let quantized = with_format!(dtype, F => {
-        (cols / F::COLUMNS).checked_mul(F::HEAD + F::COLUMNS / 32 * F::BLOCK)?
-    });
+    let quantized = with_format!(dtype, F => (cols / F::COLUMNS).checked_mul(F::BYTES)?);
     Some(quantized.unwrap_or(floats))
 }
 
@@ -46,7 +44,7 @@ fn pack_floats(width: usize, rows: &[Option<&[u8]>; ROWS], packed: &mut [u8]) {
 
 fn pack_quantized<F: Format>(dtype: Dtype, rows: &[Option<&[u8]>; ROWS], packed: &mut [u8]) {
     let bytes = dtype.block_bytes();
-    let heads = packed.chunks_exact_mut(F::HEAD + F::COLUMNS / 32 * F::BLOCK);
+    let heads = packed.chunks_exact_mut(F::BYTES);
     for (index, head) in heads.enumerate() {
         let (head, blocks) = head.split_at_mut(F::HEAD);
         for (r, row) in rows.iter().enumerate() {
@@ -241,7 +239,7 @@ pub(crate) fn widen(dtype: Dtype, panel: &[u8], from: usize, out: &mut [Lane]) {
 }
 
 fn quantized_row<F: Format>(panel: &[u8], row: usize, out: &mut [f32]) {
-    let heads = panel.chunks_exact(F::HEAD + F::COLUMNS / 32 * F::BLOCK);
+    let heads = panel.chunks_exact(F::BYTES);
     for (head, out) in heads.zip(out.chunks_exact_mut(F::COLUMNS)) {
         let (head, blocks) = head.split_at(F::HEAD);
         for (block, out) in blocks.chunks_exact(F::BLOCK).zip(out.chunks_exact_mut(32)) {

@@ -27,6 +27,8 @@ pub(crate) trait Format {
     /// Bytes of a head and of a block.
     const HEAD: usize;
     const BLOCK: usize;
+    /// Bytes of a head with its blocks.
+    const BYTES: usize = Self::HEAD + Self::COLUMNS / BLOCK * Self::BLOCK;
     /// Quants above 63.
     const WIDE: bool = false;
     /// The halves of a block have scales of their own.
@@ -300,7 +302,7 @@ fn body<L: Lanes, F: Format, const T: usize>(
     out: &mut [[f32; ROWS]],
 ) {
     let mut sums = [L::splat(0.0); T];
-    let heads = panel.chunks_exact(F::HEAD + F::COLUMNS / BLOCK * F::BLOCK);
+    let heads = panel.chunks_exact(F::BYTES);
     for (head, x) in heads.zip(x.chunks_exact(F::COLUMNS / BLOCK)) {
         let (head, blocks) = head.split_at(F::HEAD);
         for (block, x) in blocks.chunks_exact(F::BLOCK).zip(x) {

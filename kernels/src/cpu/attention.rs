@@ -13,10 +13,8 @@ use rayon::prelude::*;
 use super::arena::{KvArena, Place};
 use super::error::{KernelError, expect_below, expect_len};
 use super::exp::exp;
-use super::instructions::{InstructionSet, instruction_set};
-use super::lanes::{Lanes, Portable, ROWS};
-#[cfg(target_arch = "x86_64")]
-use super::lanes_x86::{Avx2, Avx512};
+use super::instructions::{InstructionSet, by_lanes, instruction_set};
+use super::lanes::{Lanes, ROWS};
 use super::out::Out;
 
 /// Positions of a tile.
@@ -233,29 +231,7 @@ fn run(shared: Shared<'_>, task: Task<'_>) {
 }
 
 fn run_with(set: InstructionSet, shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
-            body::<Avx2>(shared, task, scratch);
-        }
-        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-        fn avx512(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
-            body::<Avx512>(shared, task, scratch);
-        }
-        match set {
-            // SAFETY: the processor has these instructions, `instruction_set` asked it.
-            InstructionSet::Avx2Fma => unsafe { avx2(shared, task, scratch) },
-            // SAFETY: as above.
-            InstructionSet::Avx512 => unsafe { avx512(shared, task, scratch) },
-            InstructionSet::Portable => body::<Portable>(shared, task, scratch),
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = set;
-        body::<Portable>(shared, task, scratch);
-    }
+    by_lanes!(set, [] [] body(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch));
 }
 
 #[inline(always)]

@@ -79,3 +79,33 @@ macro_rules! dispatched {
     };
 }
 pub(crate) use dispatched;
+
+/// Runs `$body`, a generic inlined function whose first type is one of [`super::lanes::Lanes`], compiled for the instruction set
+/// `$set` and with its vectors. `[generics] [names]` are the other types' and constants' declarations and names.
+macro_rules! by_lanes {
+    ($set:expr, [$($generics:tt)*] [$($names:tt)*] $body:ident($($arg:ident: $ty:ty),* $(,)?)) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            use $crate::cpu::lanes_x86::{Avx2, Avx512};
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2<$($generics)*>($($arg: $ty),*) { $body::<Avx2, $($names)*>($($arg),*) }
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+            fn avx512<$($generics)*>($($arg: $ty),*) { $body::<Avx512, $($names)*>($($arg),*) }
+            match $set {
+                // SAFETY: the processor has these instructions, `instruction_set` asked it.
+                $crate::cpu::InstructionSet::Avx2Fma => unsafe { avx2::<$($names)*>($($arg),*) },
+                // SAFETY: as above.
+                $crate::cpu::InstructionSet::Avx512 => unsafe { avx512::<$($names)*>($($arg),*) },
+                $crate::cpu::InstructionSet::Portable => {
+                    $body::<$crate::cpu::lanes::Portable, $($names)*>($($arg),*);
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = $set;
+            $body::<$crate::cpu::lanes::Portable, $($names)*>($($arg),*);
+        }
+    }};
+}
+pub(crate) use by_lanes;

@@ -4,10 +4,8 @@
 
 use super::activation::{BLOCK, Block};
 use super::dtype::Dtype;
-use super::instructions::{InstructionSet, instruction_set};
-use super::lanes::{LANE_BYTES, Lanes, Portable, ROWS};
-#[cfg(target_arch = "x86_64")]
-use super::lanes_x86::{Avx2, Avx512};
+use super::instructions::{InstructionSet, by_lanes, instruction_set};
+use super::lanes::{LANE_BYTES, Lanes, ROWS};
 
 /// Dot products that 32 columns take.
 const DOTS: usize = BLOCK / 4;
@@ -258,39 +256,10 @@ fn piece<F: Format, const T: usize>(
     first: usize,
     out: &mut [[f32; ROWS]],
 ) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: Format, const T: usize>(
-            panel: &[u8],
-            x: &[Block],
-            first: usize,
-            out: &mut [[f32; ROWS]],
-        ) {
-            body::<Avx2, F, T>(panel, x, first, out);
-        }
-        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-        fn avx512<F: Format, const T: usize>(
-            panel: &[u8],
-            x: &[Block],
-            first: usize,
-            out: &mut [[f32; ROWS]],
-        ) {
-            body::<Avx512, F, T>(panel, x, first, out);
-        }
-        match set {
-            // SAFETY: the processor has these instructions, `instruction_set` asked it.
-            InstructionSet::Avx2Fma => unsafe { avx2::<F, T>(panel, x, first, out) },
-            // SAFETY: as above.
-            InstructionSet::Avx512 => unsafe { avx512::<F, T>(panel, x, first, out) },
-            InstructionSet::Portable => body::<Portable, F, T>(panel, x, first, out),
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let InstructionSet::Portable = set else { unreachable!("x86's alone") };
-        body::<Portable, F, T>(panel, x, first, out);
-    }
+    by_lanes!(
+        set, [F: Format, const T: usize] [F, T]
+        body(panel: &[u8], x: &[Block], first: usize, out: &mut [[f32; ROWS]])
+    );
     T
 }
 

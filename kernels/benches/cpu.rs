@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use kernels::cpu::{
-    AttendSpan, Attention, Dtype, KvArena, KvDtype, KvShape, Map, Matrix, Multiplier,
+    AttendSpan, Attention, Dtype, KvArena, KvDtype, KvShape, Map, Matrix, Memory, Multiplier,
     instruction_set,
 };
 
@@ -52,7 +52,11 @@ fn main() {
     );
     for dtype in Dtype::ALL {
         let bytes = vec![0; dtype.bytes_for(ROWS, COLS).unwrap_or_default()];
-        let Ok(matrix) = Matrix::pack(dtype, ROWS, COLS, &bytes, &|row| row) else { continue };
+        let Ok(matrix) =
+            Matrix::pack(&mut Memory::default(), dtype, ROWS, COLS, &bytes, &|row| row)
+        else {
+            continue;
+        };
         let time = |m: usize| {
             let x = vec![0.5; m * COLS];
             let mut out = vec![0.0; m * ROWS];

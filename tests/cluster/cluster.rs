@@ -72,6 +72,14 @@ impl Cluster {
         self.run("helm", arguments, "")
     }
 
+    /// Upgrades the chart with some values changed.
+    pub(crate) fn upgrade(&self, values: &[&str]) -> Result<()> {
+        let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
+        let mut words = vec!["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values"];
+        words.extend(values.iter().flat_map(|value| ["--set", value]));
+        self.helm(&words).map(drop)
+    }
+
     pub(crate) fn apply(&self, namespace: &str, object: &Value) -> Result<String> {
         self.run("kubectl", &["-n", namespace, "apply", "-f", "-"], &object.to_string())
     }

@@ -32,7 +32,7 @@ fn gpu_memory(cluster: &Cluster) -> Result<()> {
     for node in NODES {
         cluster.kubectl(&["label", "node", node, &format!("{GPU_LABEL}-")])?;
     }
-    upgrade(cluster, &["gpuNodes.enabled=false"])?;
+    cluster.upgrade(&["gpuNodes.enabled=false"])?;
     for node in NODES {
         cluster.wait_until("it lends CPU memory again", || {
             let lends = cluster.lends(node, CPU_GIB)?;
@@ -51,13 +51,6 @@ fn inventory(cluster: &Cluster, node: &str, text: &str) -> Result<()> {
     Ok(std::fs::rename(new, path)?)
 }
 
-fn upgrade(cluster: &Cluster, values: &[&str]) -> Result<()> {
-    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
-    let mut words = vec!["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values"];
-    words.extend(values.iter().flat_map(|value| ["--set", value]));
-    cluster.helm(&words).map(drop)
-}
-
 fn wait_until_lent(cluster: &Cluster, node: &str, gib: &str) -> Result<()> {
     cluster.wait_until(&format!("{node} lends {gib} GiB"), || {
         Ok(cluster.lends(node, GPU_GIB)?.as_deref() == Some(gib))
@@ -67,10 +60,12 @@ fn wait_until_lent(cluster: &Cluster, node: &str, gib: &str) -> Result<()> {
 fn with_gpus(cluster: &Cluster) -> Result<()> {
     let space = cluster.namespace("gpus")?;
     let path = format!("gpuNodes.inventory={INVENTORY}");
-    upgrade(
-        cluster,
-        &["gpuNodes.enabled=true", "gpuNodes.memory=1Gi", "gpuNodes.cpu=100m", &path],
-    )?;
+    cluster.upgrade(&[
+        "gpuNodes.enabled=true",
+        "gpuNodes.memory=1Gi",
+        "gpuNodes.cpu=100m",
+        &path,
+    ])?;
     for node in NODES {
         wait_until_lent(cluster, node, "4")?;
         ensure!(n_agents(cluster, node)? == 1, "both agents run on {node}");

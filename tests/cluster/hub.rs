@@ -59,10 +59,7 @@ fn weights_come_from_a_hub(cluster: &Cluster) -> Result<()> {
 }
 
 fn upgrade(cluster: &Cluster, values: &[&str]) -> Result<()> {
-    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
-    let mut words = vec!["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values"];
-    words.extend(values.iter().flat_map(|value| ["--set", value]));
-    cluster.helm(&words)?;
+    cluster.upgrade(values)?;
     let set = "daemonset/bindery-node-cpu";
     cluster.kubectl(&["-n", SYSTEM, "rollout", "status", set, "--timeout=120s"]).map(drop)
 }

@@ -123,11 +123,7 @@ fn helm_upgrade_under_load(cluster: &Cluster) -> Result<()> {
 }
 
 fn upgrade(cluster: &Cluster, tag: &str) -> Result<()> {
-    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/bindery");
-    let tag = format!("image.tag={tag}");
-    cluster
-        .helm(&["-n", SYSTEM, "upgrade", "bindery", chart, "--reuse-values", "--set", &tag])
-        .map(drop)
+    cluster.upgrade(&[&format!("image.tag={tag}")])
 }
 
 /// Agents first, then replicas.

@@ -24,7 +24,7 @@ impl Matrix {
     ///
     /// # Errors
     /// When the length of `bytes` is not that of the shape, or `order` names a row that is not there.
-    pub fn pack_into(
+    pub fn pack(
         memory: &mut Memory,
         dtype: Dtype,
         rows: usize,
@@ -49,20 +49,6 @@ impl Matrix {
             panel::pack(dtype, &std::array::from_fn(source), panel);
         }
         Ok(Self { dtype, rows, cols, panel_bytes, packed: packed.freeze() })
-    }
-
-    /// Packs into memory of its own.
-    ///
-    /// # Errors
-    /// As [`Self::pack_into`].
-    pub fn pack(
-        dtype: Dtype,
-        rows: usize,
-        cols: usize,
-        bytes: &[u8],
-        order: &(dyn Fn(usize) -> usize + Sync),
-    ) -> Result<Self, KernelError> {
-        Self::pack_into(&mut Memory::default(), dtype, rows, cols, bytes, order)
     }
 
     /// Resident bytes of a matrix; `None` when `cols` is not a multiple of the block or the sizes overflow.

@@ -205,8 +205,8 @@ fn tile<const M: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::InstructionSet;
     use crate::cpu::dtype::plain::dequantize_block;
+    use crate::cpu::{InstructionSet, Memory};
 
     /// A generator of repeatable values in [-1, 1).
     struct Values(u64);
@@ -278,7 +278,10 @@ mod tests {
 
     fn matrix(values: &mut Values, dtype: Dtype, rows: usize, cols: usize) -> (Matrix, Vec<f32>) {
         let bytes = values.weights(dtype, rows, cols);
-        let matrix = Matrix::pack(dtype, rows, cols, &bytes, &|row| (row + 3) % rows).unwrap();
+        let matrix = Matrix::pack(&mut Memory::default(), dtype, rows, cols, &bytes, &|row| {
+            (row + 3) % rows
+        })
+        .unwrap();
         (matrix, dense(dtype, rows, cols, &bytes))
     }
 
@@ -416,7 +419,8 @@ mod tests {
 
     #[test]
     fn lengths_that_do_not_fit_are_refused() {
-        let matrix = Matrix::pack(Dtype::F32, 2, 3, &[0; 24], &|row| row).unwrap();
+        let matrix =
+            Matrix::pack(&mut Memory::default(), Dtype::F32, 2, 3, &[0; 24], &|row| row).unwrap();
         let wrong = |result: Result<(), KernelError>| {
             assert!(matches!(result, Err(KernelError::Length { .. })))
         };
@@ -427,12 +431,17 @@ mod tests {
         wrong(multiply(&[0.0; 3], &mut [0.0; 3]));
         wrong(matrix.dequantize_row(0, &mut [0.0; 2]));
         assert!(matrix.dequantize_row(2, &mut [0.0; 3]).is_err());
-        let other = Matrix::pack(Dtype::F32, 2, 2, &[0; 16], &|row| row).unwrap();
+        let other =
+            Matrix::pack(&mut Memory::default(), Dtype::F32, 2, 2, &[0; 16], &|row| row).unwrap();
         let (mut one, mut two) = ([0.0; 2], [0.0; 2]);
         let maps = [Map { matrix: &matrix, out: &mut one }, Map { matrix: &other, out: &mut two }];
         wrong(Multiplier::default().multiply(&[0.0; 3], maps));
-        assert!(Matrix::pack(Dtype::Q4_1, 2, 33, &[0; 40], &|row| row).is_err());
-        assert!(Matrix::pack(Dtype::F32, 2, 3, &[0; 23], &|row| row).is_err());
-        assert!(Matrix::pack(Dtype::F32, 2, 3, &[0; 24], &|_| 2).is_err());
+        assert!(
+            Matrix::pack(&mut Memory::default(), Dtype::Q4_1, 2, 33, &[0; 40], &|row| row).is_err()
+        );
+        assert!(
+            Matrix::pack(&mut Memory::default(), Dtype::F32, 2, 3, &[0; 23], &|row| row).is_err()
+        );
+        assert!(Matrix::pack(&mut Memory::default(), Dtype::F32, 2, 3, &[0; 24], &|_| 2).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! What is stored means the same to the kernels and to candle, whose reading of each layout is its own.
 
-use kernels::cpu::Matrix;
+use kernels::cpu::{Matrix, Memory};
 
 use super::*;
 
@@ -52,7 +52,8 @@ fn every_dtype_has_the_values_that_candle_reads() {
         let bytes = blocks(dtype);
         let tensor = qtensor_from_ggml(ggml_dtype(dtype), &bytes, vec![ROWS, COLS], &Device::Cpu);
         let wanted = tensor.unwrap().dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        let matrix = Matrix::pack(dtype, ROWS, COLS, &bytes, &|row| row).unwrap();
+        let matrix =
+            Matrix::pack(&mut Memory::default(), dtype, ROWS, COLS, &bytes, &|row| row).unwrap();
         let mut got = vec![0.0; COLS];
         for (row, wanted) in wanted.iter().enumerate() {
             matrix.dequantize_row(row, &mut got).unwrap();

@@ -142,7 +142,7 @@ impl Reader for Packer<'_> {
         };
         let bytes = if from == to { bytes } else { Cow::Owned(converted(name, &bytes, from, to)?) };
         let source = |row| order.source(row);
-        let matrix = Matrix::pack_into(&mut self.memory, to, *rows, *cols, &bytes, &source)
+        let matrix = Matrix::pack(&mut self.memory, to, *rows, *cols, &bytes, &source)
             .map_err(|source| ModelError::Kernel { name: name.clone(), source })?;
         self.finish(stored, matrix.bytes());
         Ok(matrix)

@@ -239,6 +239,11 @@ pub struct Rollout {
     #[schemars(range(min = 0, max = 86_400))]
     #[serde(default = "drain_seconds")]
     pub drain_seconds: u32,
+    /// Seconds that a new replica may take to become ready while old ones serve; then the reason is RolloutStuck.
+    /// Downloads and loading may take longer.
+    #[schemars(range(min = 10, max = 86_400))]
+    #[serde(default = "progress_deadline_seconds")]
+    pub progress_deadline_seconds: u32,
 }
 
 fn max_surge() -> i32 {
@@ -249,9 +254,18 @@ fn drain_seconds() -> u32 {
     120
 }
 
+fn progress_deadline_seconds() -> u32 {
+    600
+}
+
 impl Default for Rollout {
     fn default() -> Self {
-        Self { max_surge: max_surge(), max_unavailable: 0, drain_seconds: drain_seconds() }
+        Self {
+            max_surge: max_surge(),
+            max_unavailable: 0,
+            drain_seconds: drain_seconds(),
+            progress_deadline_seconds: progress_deadline_seconds(),
+        }
     }
 }
 

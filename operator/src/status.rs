@@ -14,9 +14,6 @@ use crate::pods::{PodSeen, key_of};
 /// Nodes that a message names at most.
 const NAMED_NODES: usize = 8;
 
-/// A replica of a rollout that has not become ready for this long holds the rollout up. Downloads and loading may take longer.
-const STUCK_SECONDS: i64 = 600;
-
 /// Replicas as the Deployment counts them.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counts {
@@ -183,7 +180,8 @@ fn cause(model: &InferenceModel, observed: &Observed, counts: Counts) -> Cause {
     if older == 0 {
         return cause;
     }
-    let reason = if is_stuck(observed, cause.reason) { Reason::RolloutStuck } else { cause.reason };
+    let reason =
+        if is_stuck(model, observed, cause.reason) { Reason::RolloutStuck } else { cause.reason };
     Cause { reason, message: format!("{}; {older} replicas of before serve on", cause.message) }
 }
 
@@ -198,8 +196,8 @@ fn not_created(observed: &Observed) -> Option<Cause> {
     Some(Cause { reason: Reason::ApplyFailed, message: refused.message.clone()? })
 }
 
-/// Whether the newest replica has waited for too long, for something that is not merely long.
-fn is_stuck(observed: &Observed, reason: Reason) -> bool {
+/// Whether the newest replica has waited for too long, for something that is not merely long such as a download.
+fn is_stuck(model: &InferenceModel, observed: &Observed, reason: Reason) -> bool {
     let passes = matches!(
         reason,
         Reason::Progressing | Reason::Waiting | Reason::Fragmented | Reason::SourceUnreachable
@@ -208,7 +206,7 @@ fn is_stuck(observed: &Observed, reason: Reason) -> bool {
     let age = newest
         .and_then(|pod| pod.created)
         .map_or(0, |created| observed.now.as_second() - created.as_second());
-    passes && age >= STUCK_SECONDS
+    passes && age >= i64::from(model.spec.rollout.progress_deadline_seconds)
 }
 
 fn cause_of(model: &InferenceModel, observed: &Observed, pod: &PodSeen) -> Option<Cause> {

@@ -58,6 +58,7 @@ fn malformed_resources_are_refused(cluster: &Cluster) -> Result<()> {
         ("m", json!({"engine": {"maxModelLen": 1_i64 << 40}}), "maxModelLen"),
         ("m", json!({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}), "cannot both be 0"),
         ("m", json!({"rollout": {"drainSeconds": 1_000_000}}), "86400"),
+        ("m", json!({"rollout": {"progressDeadlineSeconds": 1}}), "greater than or equal to 10"),
         ("m", json!({"pod": {"labels": {"bindery.dev/model": "other"}}}), "the operator's"),
         ("m", json!({"pod": {"labels": labels}}), "64"),
         ("m", json!({"scheduling": {"tolerations": many}}), "64"),

@@ -1,7 +1,7 @@
 //! Changes under load: no stream is dropped, no request fails.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -13,11 +13,15 @@ use crate::load::Load;
 pub(crate) const TESTS: &[Test] = &[
     ("an_engine_flag_is_changed_under_load", an_engine_flag_is_changed_under_load),
     ("an_update_that_cannot_work_leaves_the_old_replicas", an_update_that_cannot_work),
+    ("a_rollout_that_does_not_get_on_is_said_to_be_stuck", a_stuck_rollout),
     ("no_memory_for_the_surge_is_said_with_what_to_set", no_memory_for_the_surge),
     ("helm_upgrade_to_a_new_image_and_back_under_load", helm_upgrade_under_load),
 ];
 
 const CLIENTS: usize = 32;
+/// Models that move to a new image at once at most, and how many there are beside the one under load.
+const AT_ONCE: usize = 4;
+const OTHERS: usize = 5;
 
 /// Two replicas on two nodes, with room for a third.
 fn two_replicas(space: &Namespace) -> Result<()> {
@@ -98,6 +102,21 @@ fn an_update_that_cannot_work(cluster: &Cluster) -> Result<()> {
     space.wait_until_ready("m")
 }
 
+fn a_stuck_rollout(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("stuck")?;
+    space.model("m", &json!({"rollout": {"drainSeconds": 10, "progressDeadlineSeconds": 20}}))?;
+    space.wait_until_ready("m")?;
+    patch(&space, &json!({"source": {"uri": "file://absent.gguf"}}))?;
+    space.wait_for_reason("m", "SourceUnreachable")?;
+    let begun = Instant::now();
+    let message = space.wait_for_reason("m", "RolloutStuck")?;
+    ensure!(begun.elapsed() > Duration::from_secs(10), "stuck after {:?}", begun.elapsed());
+    ensure!(message.contains("absent.gguf") && message.contains("serve on"), "{message}");
+    space.chat("m", "Hello").context("the old replica serves on")?;
+    patch(&space, &json!({"source": {"uri": crate::cluster::SMALL}}))?;
+    space.wait_until_ready("m")
+}
+
 fn no_memory_for_the_surge(cluster: &Cluster) -> Result<()> {
     let space = cluster.namespace("tight")?;
     let spec = json!({"memory": "4Gi", "scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node2"}}});
@@ -114,6 +133,7 @@ fn no_memory_for_the_surge(cluster: &Cluster) -> Result<()> {
 fn helm_upgrade_under_load(cluster: &Cluster) -> Result<()> {
     let space = cluster.namespace("upgraded")?;
     two_replicas(&space)?;
+    others(&space)?;
     let load = Load::start(&space, "m", CLIENTS, CLIENTS)?;
     upgrade(cluster, "next")?;
     wait_for_image(&space, "next")?;
@@ -122,34 +142,72 @@ fn helm_upgrade_under_load(cluster: &Cluster) -> Result<()> {
     load.finish(cluster)?.ensure_nothing_failed()
 }
 
+/// Models beside the first, more than may move at once. They leave it room for its surge and take none of their own.
+fn others(space: &Namespace) -> Result<()> {
+    let spec = json!({"rollout": {"drainSeconds": 10, "maxSurge": 0, "maxUnavailable": 1}});
+    for index in 0..OTHERS {
+        space.model(&format!("other{index}"), &spec)?;
+    }
+    (0..OTHERS).try_for_each(|index| space.wait_until_ready(&format!("other{index}")))
+}
+
 fn upgrade(cluster: &Cluster, tag: &str) -> Result<()> {
     cluster.upgrade(&[&format!("image.tag={tag}")])
 }
 
-/// Agents first, then replicas.
+/// Agents first, then the replicas of a few models at a time.
 fn wait_for_image(space: &Namespace, tag: &str) -> Result<()> {
-    let cluster = space.cluster;
     let image = format!("localhost/bindery:{tag}");
-    let is = |pods: &[Value]| {
-        let runs = |pod: &Value| pod["spec"]["containers"][0]["image"] == image.as_str();
-        let ready = |pod: &Value| {
-            let conditions = pod["status"]["conditions"].as_array();
-            let ready = |found: &Value| found["type"] == "Ready" && found["status"] == "True";
-            conditions.is_some_and(|all| all.iter().any(ready))
-        };
-        pods.len() == 2 && pods.iter().all(|pod| runs(pod) && ready(pod))
-    };
-    let agents = ["-n", SYSTEM, "pods", "-l", "app.kubernetes.io/component=node-cpu"];
-    let mut early = false;
-    cluster.wait("agents run the image", PATIENCE * 2, || {
-        let replicas = cluster.get(&["-n", space.name, "deployment", "m"])?;
-        let done = is(&cluster.items(&agents)?);
-        // Read before the agents were: whoever moved by then moved too early.
-        early |= !done && replicas["spec"]["template"].to_string().contains(&image);
+    wait_for_agents(space, &image)?;
+    let mut most = 0;
+    space.cluster.wait("replicas run the image", PATIENCE * 2, || {
+        let models = models(space)?;
+        let on_the_way = |model: &&Value| image_of(model) == image && !has_arrived(model);
+        most = most.max(models.iter().filter(on_the_way).count());
+        let done = models.iter().all(|model| image_of(model) == image && has_arrived(model));
         Ok(done.then_some(()))
     })?;
-    ensure!(!early, "the replicas moved before the agents");
-    cluster
-        .wait("replicas run the image", PATIENCE * 2, || Ok(is(&space.pods("m")?).then_some(())))?;
+    ensure!((1..=AT_ONCE).contains(&most), "{most} models moved at once");
     space.wait_until_ready("m")
+}
+
+fn wait_for_agents(space: &Namespace, image: &str) -> Result<()> {
+    let cluster = space.cluster;
+    let agents = ["-n", SYSTEM, "daemonsets", "-l", "app.kubernetes.io/component=node-cpu"];
+    let mut early = false;
+    cluster.wait("agents run the image", PATIENCE * 2, || {
+        let models = models(space)?;
+        let agents = cluster.items(&agents)?;
+        let done = agents.iter().all(|set| image_of(set) == image && has_arrived(set));
+        // Read before the agents were: whoever moved by then moved too early.
+        early |= !done && models.iter().any(|model| image_of(model) == image);
+        Ok(done.then_some(()))
+    })?;
+    ensure!(!early, "replicas moved before the agents");
+    Ok(())
+}
+
+/// The Deployments of the namespace's models.
+fn models(space: &Namespace) -> Result<Vec<Value>> {
+    space.cluster.items(&["-n", space.name, "deployments"])
+}
+
+/// The image of what a Deployment or DaemonSet makes.
+fn image_of(maker: &Value) -> &str {
+    let image = &maker["spec"]["template"]["spec"]["containers"][0]["image"];
+    image.as_str().unwrap_or_default()
+}
+
+/// Whether all Pods of a Deployment or DaemonSet are of its template and ready, and no other is left.
+fn has_arrived(maker: &Value) -> bool {
+    let status = &maker["status"];
+    let (wanted, counts) = match maker["spec"]["replicas"].as_i64() {
+        Some(wanted) => (wanted, ["replicas", "updatedReplicas", "availableReplicas"]),
+        None => (
+            status["desiredNumberScheduled"].as_i64().unwrap_or(-1),
+            ["currentNumberScheduled", "updatedNumberScheduled", "numberAvailable"],
+        ),
+    };
+    status["observedGeneration"] == maker["metadata"]["generation"]
+        && counts.iter().all(|count| status[*count].as_i64() == Some(wanted))
 }

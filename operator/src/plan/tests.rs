@@ -3,7 +3,7 @@ use std::sync::Arc;
 use crds::{ConditionType, ReplicaState};
 use k8s_openapi::jiff::Timestamp;
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::config::Switch;
@@ -170,14 +170,17 @@ fn a_rollout_without_free_memory_says_what_to_set() {
 #[test]
 fn a_rollout_that_waits_too_long_is_stuck_and_a_long_download_is_not() {
     let old = || PodSeen { template: "old".into(), ..ready("old") };
-    let reason = |said: Reason, seconds: i64| {
+    let reason = |spec: Value, said: Reason, seconds: i64| {
         let mut observed = seen(vec![saying("new", said, "why"), old()], deployment(2, 1, 1));
         observed.now = Timestamp::from_second(seconds).unwrap();
-        verdict(&observed).1
+        conditions(&plan(&model(spec), &observed, &config()))[0].2.clone()
     };
-    assert_eq!(reason(Reason::SourceUnreachable, 599), "SourceUnreachable");
-    assert_eq!(reason(Reason::SourceUnreachable, 600), "RolloutStuck");
-    assert_eq!(reason(Reason::Downloading, 100_000), "Downloading");
+    let ten = || json!({"rollout": {"progressDeadlineSeconds": 10}});
+    assert_eq!(reason(json!({}), Reason::SourceUnreachable, 599), "SourceUnreachable");
+    assert_eq!(reason(json!({}), Reason::SourceUnreachable, 600), "RolloutStuck");
+    assert_eq!(reason(ten(), Reason::SourceUnreachable, 9), "SourceUnreachable");
+    assert_eq!(reason(ten(), Reason::SourceUnreachable, 10), "RolloutStuck");
+    assert_eq!(reason(ten(), Reason::Downloading, 100_000), "Downloading");
 }
 
 #[test]

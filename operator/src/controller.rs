@@ -11,6 +11,7 @@ use futures_util::{Stream, StreamExt};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Container, Node, Pod, PodSpec, PodTemplateSpec};
+use k8s_openapi::jiff::Timestamp;
 use kube::api::Api;
 use kube::runtime::controller::{self, Action, Config as ControllerConfig, Controller};
 use kube::runtime::events::{Recorder, Reporter};
@@ -299,7 +300,7 @@ fn shared(
             (Some(store), events)
         },
     );
-    let moves = Arc::new(Moves::new(agents));
+    let moves = Arc::new(Moves::new(agents, Timestamp::now()));
     let shared = Shared {
         pods: Pods::default(),
         nodes,

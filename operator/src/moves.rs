@@ -1,6 +1,6 @@
 //! Which models' replicas move to a new image: after the node agents, a few models at a time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
@@ -21,13 +21,15 @@ pub struct Moves {
     agents: Option<Store<DaemonSet>>,
     /// The Deployments of every namespace that is looked at.
     deployments: Mutex<Vec<Store<Deployment>>>,
-    claims: Mutex<BTreeSet<Key>>,
+    /// Models that may go, and since when.
+    claims: Mutex<BTreeMap<Key, Timestamp>>,
+    begun: Timestamp,
 }
 
 impl Moves {
     /// Where agents are named, replicas follow them.
-    pub fn new(agents: Option<Store<DaemonSet>>) -> Self {
-        Self { agents, deployments: Mutex::default(), claims: Mutex::default() }
+    pub fn new(agents: Option<Store<DaemonSet>>, begun: Timestamp) -> Self {
+        Self { agents, deployments: Mutex::default(), claims: Mutex::default(), begun }
     }
 
     /// Counts these Deployments as well.
@@ -56,7 +58,7 @@ impl Moves {
         if image_of(own) != Some(image) {
             return self.agents_run(image) && self.claim(model, image, now);
         }
-        if !is_moving(own, image, now) {
+        if !self.is_moving(own, image, now) {
             self.give_up(model);
         }
         true
@@ -68,24 +70,36 @@ impl Moves {
     }
 
     fn claim(&self, model: &Key, image: &str, now: Timestamp) -> bool {
-        let mut claims = self.claims();
-        if claims.contains(model) {
+        if self.claims().contains_key(model) {
             return true;
         }
-        if claims.len() >= MOVES {
-            return false;
+        let moving = self.moving(image, now);
+        let mut claims = self.claims();
+        let places: BTreeSet<&Key> = moving.iter().chain(claims.keys()).collect();
+        let is_free = places.len() < MOVES;
+        if is_free {
+            claims.insert(model.clone(), now);
         }
-        let mut moving = self.moving(image, now);
-        moving.extend(claims.iter().cloned());
-        moving.len() < MOVES && claims.insert(model.clone())
+        is_free
     }
 
     /// Models whose Deployments are on their way, also from before this operator began.
-    fn moving(&self, image: &str, now: Timestamp) -> BTreeSet<Key> {
+    fn moving(&self, image: &str, now: Timestamp) -> Vec<Key> {
         let stores = self.deployments.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let all = stores.iter().flat_map(Store::state);
-        let moving = all.filter(|found| is_moving(found, image, now));
+        let moving = all.filter(|found| self.is_moving(found, image, now));
         moving.map(|found| key_of(&found.metadata)).collect()
+    }
+
+    /// A rollout to `image` that is not over and makes progress. At first its time of progress is that of the rollout before,
+    /// so that it counts only after the model was allowed to go.
+    fn is_moving(&self, deployment: &Deployment, image: &str, now: Timestamp) -> bool {
+        let model = key_of(&deployment.metadata);
+        let allowed = self.claims().get(&model).copied().unwrap_or(self.begun);
+        let is_stuck = progressed(deployment).is_some_and(|progressed| {
+            now.as_second() - progressed.max(allowed).as_second() > STUCK_SECONDS
+        });
+        image_of(deployment) == Some(image) && !has_arrived(deployment) && !is_stuck
     }
 
     /// None found is not all of them done.
@@ -94,7 +108,7 @@ impl Moves {
         agents.is_none_or(|all| !all.is_empty() && all.iter().all(|found| is_done(found, image)))
     }
 
-    fn claims(&self) -> MutexGuard<'_, BTreeSet<Key>> {
+    fn claims(&self) -> MutexGuard<'_, BTreeMap<Key, Timestamp>> {
         // Every change is one call.
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -117,22 +131,21 @@ fn is_done(agents: &DaemonSet, image: &str) -> bool {
         && status.number_available.unwrap_or(0) >= wanted
 }
 
-/// A rollout to `image` that is not over and makes progress.
-fn is_moving(deployment: &Deployment, image: &str, now: Timestamp) -> bool {
-    if image_of(deployment) != Some(image) {
-        return false;
-    }
-    let status = deployment.status.clone().unwrap_or_default();
+/// Whether all replicas that are there are of the Deployment's template and available.
+fn has_arrived(deployment: &Deployment) -> bool {
+    let Some(status) = &deployment.status else { return false };
     let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-    let seen = status.observed_generation >= deployment.metadata.generation;
-    let done = status.updated_replicas.unwrap_or(0) >= wanted
+    status.observed_generation >= deployment.metadata.generation
+        && status.updated_replicas.unwrap_or(0) >= wanted
         && status.available_replicas.unwrap_or(0) >= wanted
-        && status.replicas.unwrap_or(0) == wanted;
-    let progress = status.conditions.iter().flatten().find(|found| found.type_ == "Progressing");
-    let stuck = progress
-        .and_then(|found| found.last_update_time.as_ref())
-        .is_some_and(|time| now.as_second() - time.0.as_second() > STUCK_SECONDS);
-    !(seen && (done || stuck))
+        && status.replicas.unwrap_or(0) == wanted
+}
+
+/// When its controller last saw a Deployment's rollout get on; of which rollout, it does not say.
+fn progressed(deployment: &Deployment) -> Option<Timestamp> {
+    let conditions = deployment.status.as_ref()?.conditions.as_ref()?;
+    let progress = conditions.iter().find(|found| found.type_ == "Progressing")?;
+    progress.last_update_time.as_ref().map(|time| time.0)
 }
 
 #[cfg(test)]
@@ -190,6 +203,15 @@ mod tests {
         store
     }
 
+    /// Of an operator that began long ago.
+    fn moves() -> Moves {
+        Moves::new(None, Timestamp::UNIX_EPOCH)
+    }
+
+    fn after(agents: Vec<DaemonSet>) -> Moves {
+        Moves::new(Some(store(agents)), Timestamp::UNIX_EPOCH)
+    }
+
     fn key(name: &str) -> Key {
         ("n".into(), name.into())
     }
@@ -210,8 +232,31 @@ mod tests {
             ("not seen by its controller", NEW, json!({"observedGeneration": 1}), true),
             ("without a status", NEW, json!({}), true),
         ] {
-            assert_eq!(is_moving(&deployment("m", image, status), NEW, now()), wanted, "{case}");
+            let moves = moves();
+            assert_eq!(
+                moves.is_moving(&deployment("m", image, status), NEW, now()),
+                wanted,
+                "{case}"
+            );
         }
+    }
+
+    #[test]
+    fn a_rollout_is_not_stuck_by_the_time_of_the_one_before() {
+        let stale = deployment("a", NEW, status(0, 2, 0));
+        let moves = moves();
+        assert!(!moves.is_moving(&stale, NEW, now()), "nobody allowed it");
+        assert!(may(&moves, "a"));
+        assert!(moves.may_move(&key("a"), Some(&stale), NEW, now()));
+        for name in ["b", "c", "d"] {
+            assert!(may(&moves, name));
+        }
+        assert!(!may(&moves, "e"), "a's place is its own");
+        let later = Timestamp::from_second(1061).unwrap();
+        assert!(moves.may_move(&key("a"), Some(&stale), NEW, later));
+        assert!(may(&moves, "e"), "a has made no progress");
+        let began = Moves::new(None, now());
+        assert!(began.is_moving(&stale, NEW, now()), "a new leader waits as long");
     }
 
     #[test]
@@ -231,20 +276,17 @@ mod tests {
 
     #[test]
     fn replicas_follow_their_agents() {
-        assert!(may(&Moves::new(None), "m"));
-        assert!(
-            !may(&Moves::new(Some(store(Vec::new()))), "m"),
-            "no agents found is not all of them done"
-        );
-        assert!(!may(&Moves::new(Some(store(vec![agents(OLD, 2, 2)]))), "m"));
-        assert!(may(&Moves::new(Some(store(vec![agents(NEW, 2, 2)]))), "m"));
-        let waits = Moves::new(Some(store(vec![agents(OLD, 2, 2)])));
+        assert!(may(&moves(), "m"));
+        assert!(!may(&after(Vec::new()), "m"), "no agents found is not all of them done");
+        assert!(!may(&after(vec![agents(OLD, 2, 2)]), "m"));
+        assert!(may(&after(vec![agents(NEW, 2, 2)]), "m"));
+        let waits = after(vec![agents(OLD, 2, 2)]);
         assert!(waits.may_move(&key("new"), None, NEW, now()), "a new model waits for nobody");
     }
 
     #[test]
     fn as_many_as_may_move_do_though_all_ask_at_once() {
-        let moves = Moves::new(None);
+        let moves = moves();
         let moves = &moves;
         let may = std::thread::scope(|scope| {
             let asking: Vec<_> =
@@ -256,7 +298,7 @@ mod tests {
 
     #[test]
     fn models_of_every_namespace_and_from_before_count() {
-        let moves = Moves::new(None);
+        let moves = moves();
         let moving = |name: &str| deployment(name, NEW, status(1, 3, 1000));
         moves.watch(store(vec![moving("a"), moving("b")]));
         moves.watch(store(vec![moving("c"), deployment("d", NEW, status(2, 2, 1000))]));
@@ -266,7 +308,7 @@ mod tests {
 
     #[test]
     fn a_place_is_free_again_when_its_model_has_arrived_or_gives_up() {
-        let moves = Moves::new(None);
+        let moves = moves();
         for name in ["a", "b", "c", "d"] {
             assert!(may(&moves, name));
         }

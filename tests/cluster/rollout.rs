@@ -167,7 +167,7 @@ fn wait_for_image(space: &Namespace, tag: &str) -> Result<()> {
         let done = models.iter().all(|model| image_of(model) == image && has_arrived(model));
         Ok(done.then_some(()))
     })?;
-    ensure!((1..=AT_ONCE).contains(&most), "{most} models moved at once");
+    ensure!((1..=AT_ONCE).contains(&most), "{most} models moved to {tag} at once");
     space.wait_until_ready("m")
 }
 

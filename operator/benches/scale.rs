@@ -298,7 +298,7 @@ async fn churn(client: &Client, models: &Api<InferenceModel>, rate: u32) -> Resu
         let (name, generation) = if index % NEW_OF == 0 {
             come_and_go(models, index).await?
         } else {
-            edit(models, index).await?
+            edit(models, index, rate).await?
         };
         waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(name, (generation, sent));
         index += 1;
@@ -315,9 +315,10 @@ async fn churn(client: &Client, models: &Api<InferenceModel>, rate: u32) -> Resu
     Ok(delays)
 }
 
-async fn edit(models: &Api<InferenceModel>, index: usize) -> Result<(String, i64)> {
+/// Another drain time than the model has, also after the changes of another rate.
+async fn edit(models: &Api<InferenceModel>, index: usize, rate: u32) -> Result<(String, i64)> {
     let name = format!("m{}", index * 7 % MODELS);
-    let patch = json!({"spec": {"rollout": {"drainSeconds": 200 + index % 50}}});
+    let patch = json!({"spec": {"rollout": {"drainSeconds": 100 * rate as usize + index % 50}}});
     let answer = models.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
     Ok((name, answer.metadata.generation.unwrap_or(0)))
 }

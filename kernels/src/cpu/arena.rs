@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::error::{KernelError, expect_below, expect_len};
 use super::lanes::{Lanes, ROWS};
-use super::memory::{prefetch, want_large_pages};
+use super::memory::{LINE, prefetch, want_large_pages};
 
 /// How K and V are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,18 +257,10 @@ impl KvArena {
         self.widen::<L>(Strided { first, step: head_dim, len: head_dim }, slots.len(), stride, out);
     }
 
-    /// Asks for one head of a block before it is read.
+    /// The cache lines of one head of `blocks`, none of them asked for yet.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, place: Place) {
-        let len = self.shape.block_size as usize * self.shape.head_dim as usize;
-        for side in [Side::Key, Side::Value] {
-            let first = self.first_of(place.layer, place.block, side, place.head);
-            match &self.values {
-                Values::F32(values) => prefetch(&values[first..first + len]),
-                Values::F16(values) => prefetch(&values[first..first + len]),
-                Values::BF16(values) => prefetch(&values[first..first + len]),
-            }
-        }
+    pub(crate) fn ahead<'a>(&'a self, place: Place, blocks: &'a [u32]) -> Ahead<'a> {
+        Ahead { arena: self, place, blocks, side: Side::Key, lines: 0..0 }
     }
 
     /// Widens `rows` rows. `out`: [rows][`stride`].
@@ -314,12 +306,62 @@ impl KvArena {
         index * block_size as usize * head_dim as usize
     }
 
+    fn memory(&self) -> *const u8 {
+        match &self.values {
+            Values::F32(values) => values.as_ptr().cast(),
+            Values::F16(values) => values.as_ptr().cast(),
+            Values::BF16(values) => values.as_ptr().cast(),
+        }
+    }
+
     fn len(&self) -> usize {
         match &self.values {
             Values::F32(values) => values.len(),
             Values::F16(values) => values.len(),
             Values::BF16(values) => values.len(),
         }
+    }
+}
+
+/// Cache lines that will be read soon, asked for a few at a time between other work: all at once they fill the processor's
+/// buffers for lines on their way, and the loads behind them wait.
+pub(crate) struct Ahead<'a> {
+    arena: &'a KvArena,
+    place: Place,
+    /// Those of which a side is still to come.
+    blocks: &'a [u32],
+    /// The side that comes next.
+    side: Side,
+    /// Bytes of the arena that are still to be asked for.
+    lines: Range<usize>,
+}
+
+impl Ahead<'_> {
+    /// Asks for the next `lines` lines, as far as there are any.
+    #[inline(always)]
+    pub(crate) fn ask(&mut self, lines: usize) {
+        for _ in 0..lines {
+            if self.lines.is_empty() && !self.turn() {
+                return;
+            }
+            prefetch(self.arena.memory().wrapping_add(self.lines.start));
+            self.lines.start += LINE;
+        }
+    }
+
+    /// Goes to the next side of a block; false behind the last.
+    #[inline(always)]
+    fn turn(&mut self) -> bool {
+        let Some((&block, rest)) = self.blocks.split_first() else { return false };
+        let KvShape { block_size, head_dim, dtype, .. } = self.arena.shape;
+        let first = self.arena.first_of(self.place.layer, block, self.side, self.place.head);
+        let len = block_size as usize * head_dim as usize;
+        self.lines = first * dtype.bytes()..(first + len) * dtype.bytes();
+        (self.side, self.blocks) = match self.side {
+            Side::Key => (Side::Value, self.blocks),
+            Side::Value => (Side::Key, rest),
+        };
+        true
     }
 }
 

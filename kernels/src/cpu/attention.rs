@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::arena::{KvArena, Place};
+use super::arena::{Ahead, KvArena, Place};
 use super::error::{KernelError, expect_below, expect_len};
 use super::exp::exp;
 use super::instructions::{InstructionSet, by_lanes, instruction_set};
@@ -23,6 +23,8 @@ const TILE: usize = 32;
 const GROUP: usize = 8;
 /// Heads whose scores and outputs are in registers together.
 const HEADS: usize = 4;
+/// Cache lines of the next tile that are asked for at a time: half of what a core of Emerald Rapids waits for at most.
+const ASKED: usize = 8;
 /// Multiply-adds that are worth another thread.
 const TASK: usize = 1 << 17;
 
@@ -205,16 +207,20 @@ impl KvArena {
         }
     }
 
-    /// Asks for the next tile's blocks; larger ones are long enough for the processor to see by itself.
+    /// The blocks of the tile that comes next; larger ones are long enough for the processor to see by itself.
     #[inline(always)]
-    fn prefetch_tile(&self, place: Place, table: &[u32], tile: usize, end: usize) {
+    fn tile_ahead<'a>(
+        &'a self,
+        place: Place,
+        table: &'a [u32],
+        tile: usize,
+        end: usize,
+    ) -> Ahead<'a> {
         let size = self.shape().block_size as usize;
-        if size <= TILE && tile < end {
-            let last = (tile + TILE).min(end).div_ceil(size);
-            table[tile / size..last]
-                .iter()
-                .for_each(|&block| self.prefetch(Place { block, ..place }));
+        if size > TILE || tile >= end {
+            return self.ahead(place, &[]);
         }
+        self.ahead(place, &table[tile / size..(tile + TILE).min(end).div_ceil(size)])
     }
 }
 
@@ -247,7 +253,7 @@ fn body<L: Lanes>(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
     let place = Place { layer: shared.attention.layer, block: 0, head: task.kv_head };
     for tile in (begin / TILE * TILE..end).step_by(TILE) {
         let to = end.min(tile + TILE);
-        shared.arena.prefetch_tile(place, task.table, tile + TILE, end);
+        let mut ahead = shared.arena.tile_ahead(place, task.table, tile + TILE, end);
         let gathered = Gathered { k: &mut *k, v: &mut *v, stride };
         shared.arena.gather::<L>(place, task.table, tile, to, gathered);
         for token in 0..task.tokens {
@@ -265,9 +271,11 @@ fn body<L: Lanes>(shared: Shared<'_>, task: Task<'_>, scratch: &mut Scratch) {
                 };
                 let q = &shared.q[queries(shared, task, token)];
                 let sums = &mut sums[of_token.start * stride..of_token.end * stride];
-                taken.by_all::<L>(q, sums, &mut states[of_token]);
+                taken.by_all::<L>(q, sums, &mut states[of_token], &mut ahead);
             }
         }
+        // What a tile with few positions did not come to.
+        ahead.ask(usize::MAX);
     }
     for token in 0..task.tokens {
         let range = queries(shared, task, token);
@@ -325,22 +333,34 @@ struct Taken<'a> {
 impl Taken<'_> {
     /// Takes the tile into every head. `q`: [heads][head_dim], `sums`: [heads][stride].
     #[inline(always)]
-    fn by_all<L: Lanes>(&self, q: &[f32], sums: &mut [f32], states: &mut [State]) {
+    fn by_all<L: Lanes>(
+        &self,
+        q: &[f32],
+        sums: &mut [f32],
+        states: &mut [State],
+        ahead: &mut Ahead<'_>,
+    ) {
         let heads = states.chunks_mut(HEADS);
         let sums = sums.chunks_mut(HEADS * self.stride);
         for ((states, sums), q) in heads.zip(sums).zip(q.chunks(HEADS * self.head_dim)) {
             match states.len() {
-                4 => self.by::<L, 4>(q, sums, states),
-                3 => self.by::<L, 3>(q, sums, states),
-                2 => self.by::<L, 2>(q, sums, states),
-                _ => self.by::<L, 1>(q, sums, states),
+                4 => self.by::<L, 4>(q, sums, states, ahead),
+                3 => self.by::<L, 3>(q, sums, states, ahead),
+                2 => self.by::<L, 2>(q, sums, states, ahead),
+                _ => self.by::<L, 1>(q, sums, states, ahead),
             }
         }
     }
 
     #[inline(always)]
-    fn by<L: Lanes, const H: usize>(&self, q: &[f32], sums: &mut [f32], states: &mut [State]) {
-        let mut weights = self.scores::<L, H>(q);
+    fn by<L: Lanes, const H: usize>(
+        &self,
+        q: &[f32],
+        sums: &mut [f32],
+        states: &mut [State],
+        ahead: &mut Ahead<'_>,
+    ) {
+        let mut weights = self.scores::<L, H>(q, ahead);
         let mut fades = [0.0; H];
         for ((weights, state), fade) in weights.iter_mut().zip(states).zip(&mut fades) {
             *fade = self.soften(weights, state);
@@ -348,23 +368,27 @@ impl Taken<'_> {
         // As many outputs as registers hold.
         let mut column = 0;
         while column + 4 * ROWS <= self.stride {
-            self.weigh::<L, H, 4>(&weights, fades, column, sums);
+            self.weigh::<L, H, 4>(&weights, fades, column, sums, ahead);
             column += 4 * ROWS;
         }
         while column < self.stride {
-            self.weigh::<L, H, 1>(&weights, fades, column, sums);
+            self.weigh::<L, H, 1>(&weights, fades, column, sums, ahead);
             column += ROWS;
         }
     }
 
     /// q K^T of all positions of the tile, seen or not.
     #[inline(always)]
-    fn scores<L: Lanes, const H: usize>(&self, q: &[f32]) -> [Weights; H] {
+    fn scores<L: Lanes, const H: usize>(&self, q: &[f32], ahead: &mut Ahead<'_>) -> [Weights; H] {
         let mut dots = [[L::splat(0.0); 2]; H];
-        for (dimension, k) in self.k.chunks_exact(TILE).enumerate() {
+        let q: [&[f32]; H] = std::array::from_fn(|h| &q[h * self.head_dim..][..self.head_dim]);
+        for (dimension, k) in (0..self.head_dim).zip(self.k.chunks_exact(TILE)) {
             let k = [L::load(k), L::load(&k[ROWS..])];
+            if dimension % ASKED == 0 {
+                ahead.ask(ASKED);
+            }
             for (h, dots) in dots.iter_mut().enumerate() {
-                let q = L::splat(q[h * self.head_dim + dimension]);
+                let q = L::splat(q[h][dimension]);
                 dots[0] = L::multiply_add(q, k[0], dots[0]);
                 dots[1] = L::multiply_add(q, k[1], dots[1]);
             }
@@ -407,6 +431,7 @@ impl Taken<'_> {
         fades: [f32; H],
         column: usize,
         sums: &mut [f32],
+        ahead: &mut Ahead<'_>,
     ) {
         let mut all = [[L::splat(0.0); W]; H];
         for (h, all) in all.iter_mut().enumerate() {
@@ -417,6 +442,9 @@ impl Taken<'_> {
         }
         for j in self.seen.clone() {
             let v = &self.v[j * self.stride + column..][..W * ROWS];
+            if j % (ASKED / 2) == 0 {
+                ahead.ask(ASKED);
+            }
             for w in 0..W {
                 let v = L::load(&v[w * ROWS..]);
                 for h in 0..H {

@@ -55,17 +55,20 @@ pub(crate) fn want_large_pages<T>(memory: &mut [T]) {
     let _ = memory;
 }
 
-/// Asks for cache lines that will be read soon.
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Asks for the cache line of an address that will be read soon.
 #[inline(always)]
-pub(crate) fn prefetch<T>(memory: &[T]) {
+pub(crate) fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    for at in (0..std::mem::size_of_val(memory)).step_by(64) {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint that reads nothing, for an address inside the slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(memory.as_ptr().cast::<i8>().wrapping_add(at)) };
+        // SAFETY: a hint that reads nothing, harmless for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = memory;
+    let _ = address;
 }
 
 #[cfg(test)]

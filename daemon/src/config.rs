@@ -28,7 +28,7 @@ use crate::source::{Location, Room, Token};
 
 pub use number::ByteSize;
 
-pub use flags::{Dtype, KvCacheDtype, LoadFormat, LogFormat, PlanFormat, PrefixCacheScope};
+pub use flags::{CpuIsa, Dtype, KvCacheDtype, LoadFormat, LogFormat, PlanFormat, PrefixCacheScope};
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -78,6 +78,8 @@ pub struct ServeConfig {
     pub max_body_bytes: NonZeroUsize,
     /// Absent: one thread per core that the process may use.
     pub threads: Option<NonZeroUsize>,
+    /// The widest instructions that kernels use.
+    pub max_cpu_isa: CpuIsa,
     pub compute: Compute,
     pub supervision: Supervision,
     pub log: LogConfig,
@@ -376,6 +378,7 @@ fn check(
             .and_then(NonZeroUsize::new)
             .unwrap_or(NonZeroUsize::MAX),
         threads: flags.threads,
+        max_cpu_isa: flags.max_cpu_isa,
         compute: if flags.reference { Compute::Reference } else { Compute::Kernels },
         supervision: if flags.supervised { Supervision::Supervised } else { Supervision::Bare },
         log: LogConfig { filter: flags.log_level, format: flags.log_format },

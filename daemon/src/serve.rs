@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use kernels::cpu::{InstructionSet, limit_instruction_set};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -20,8 +21,8 @@ use tokio::sync::watch;
 use crate::api::server::{self, Listener, Phase, ServerOptions};
 use crate::api::state::{ApiLimits, ApiState, CacheScope, Loaded, Seeds};
 use crate::config::{
-    ApiKey, Example, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope, ServeConfig,
-    Supervision,
+    ApiKey, CpuIsa, Example, Listen, LogConfig, LogFormat, PlanFormat, PrefixCacheScope,
+    ServeConfig, Supervision,
 };
 use crate::engine::handle::{Handle, State};
 use crate::metrics::Metrics;
@@ -49,6 +50,7 @@ pub fn run(config: ServeConfig) -> Result<()> {
         tracing::warn!(name, "environment variable names no flag and is ignored");
     }
     raise_file_limit();
+    choose_instructions(config.max_cpu_isa);
     // Read before the process may be confined to its own files.
     let machine = Machine::of_process();
     let agent = match config.supervision {
@@ -65,6 +67,16 @@ pub fn run(config: ServeConfig) -> Result<()> {
     // What still runs on blocking threads, such as a load that a signal overtook, is not waited for.
     runtime.shutdown_background();
     served
+}
+
+/// Before the first kernel runs: they ask once.
+fn choose_instructions(widest: CpuIsa) {
+    let used = limit_instruction_set(match widest {
+        CpuIsa::Portable => InstructionSet::Portable,
+        CpuIsa::Avx2 => InstructionSet::Avx2Fma,
+        CpuIsa::Avx512 => InstructionSet::Avx512,
+    });
+    tracing::info!(instructions = ?used, "kernels are chosen");
 }
 
 /// Lets the process have as many connections as its hard limit allows: the soft one is often below [`MAX_CONNECTIONS`].

@@ -97,6 +97,49 @@ async fn chunks_caching_block_size_and_company_change_no_text() -> Result<()> {
     Ok(())
 }
 
+/// What users who come together are told, with the log-probability of each token.
+async fn scored(server: &Server, users: usize) -> Result<Vec<Value>> {
+    let one = |user| async move {
+        let mut body = chat(user);
+        body["logprobs"] = true.into();
+        body["stream_options"] = Value::Null;
+        body["include_preemptions"] = false.into();
+        Ok::<_, anyhow::Error>(server.ask("/v1/chat/completions", &body).await?["choices"].take())
+    };
+    try_join_all((0..users).map(one)).await
+}
+
+/// Instructions that kernels are compiled for, as the flag and as the log name them; the narrowest first.
+const INSTRUCTIONS: [(&str, &str); 3] =
+    [("portable", "Portable"), ("avx2", "Avx2Fma"), ("avx512", "Avx512")];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn narrower_instructions_give_the_same_bits_alone_in_a_crowd_in_chunks_and_preempted()
+-> Result<()> {
+    const TEST: &str =
+        "narrower_instructions_give_the_same_bits_alone_in_a_crowd_in_chunks_and_preempted";
+    let Some(model) = model(TEST) else { return Ok(()) };
+    let widest = Server::start(&model, &["--max-model-len", "256"]).await?;
+    let wanted = scored(&widest, 4).await?;
+    let is_widest = |logged: &str| widest.log().contains(&format!("instructions={logged}"));
+    let narrower = INSTRUCTIONS.iter().position(|(_, logged)| is_widest(logged));
+    let narrower = &INSTRUCTIONS[..narrower.context("the log names no instructions")?];
+    if narrower.len() + 1 < INSTRUCTIONS.len() {
+        eprintln!("NOT RUN: {TEST} with more than {narrower:?}, this machine's are too narrow");
+    }
+    for (isa, logged) in narrower {
+        let flags = "--max-model-len 128 --num-gpu-blocks-override 10 --no-enable-prefix-caching \
+            --max-num-seqs 4 --max-num-batched-tokens 16 --max-cpu-isa";
+        let flags: Vec<&str> = flags.split_whitespace().chain([*isa]).collect();
+        let server = Server::start(&model, &flags).await?;
+        server.wait_log(&format!("instructions={logged}")).await?;
+        assert_eq!(scored(&server, 4).await?, wanted, "{isa}: in a crowd");
+        ensure!(server.metric("vllm:num_preemptions_total", "").await? > 0.0, "never preempts");
+        assert_eq!(scored(&server, 1).await?, wanted[..1], "{isa}: alone");
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_turn_of_a_chat_finds_its_history_cached_and_keys_share_nothing() -> Result<()> {
     let Some(model) =

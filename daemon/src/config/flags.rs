@@ -230,6 +230,17 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// Instructions of a processor, the narrowest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CpuIsa {
+    /// What every processor has.
+    Portable,
+    /// With FMA and F16C.
+    Avx2,
+    /// With VNNI.
+    Avx512,
+}
+
 /// Whose requests share cached blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PrefixCacheScope {
@@ -357,4 +368,7 @@ pub(super) struct Serve {
     /// Threads that compute; default: the cores this process may use
     #[arg(long, value_parser = positive::<NonZeroUsize>, value_name = "N", help_heading = "Model")]
     pub(super) threads: Option<NonZeroUsize>,
+    /// Widest instructions to use, where the processor has them; the answers are the same to the bit
+    #[arg(long, value_enum, default_value_t = CpuIsa::Avx512, help_heading = "Model")]
+    pub(super) max_cpu_isa: CpuIsa,
 }

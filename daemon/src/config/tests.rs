@@ -140,6 +140,7 @@ fn impossible_values_are_refused_with_what_is_allowed() {
         ("serve m --load-format tensorizer", "dummy"),
         ("serve m --block-size 0", "above 0"),
         ("serve m --threads many", "above 0"),
+        ("serve m --max-cpu-isa avx", "portable, avx2, avx512"),
         ("serve m --port 70000", "0 to 65535"),
         ("serve m --block-size 64 --max-model-len 32", "1 to --max-model-len (32)"),
         ("serve m --memory-bytes 1GiB --gpu-memory-utilization 0.5", "exclude each other"),

@@ -2,8 +2,8 @@
 
 use std::sync::OnceLock;
 
-/// What the kernels are compiled for. All of them give the same bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the kernels are compiled for, the narrowest first. All of them give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum InstructionSet {
     Portable,
     Avx2Fma,
@@ -27,10 +27,16 @@ impl InstructionSet {
     }
 }
 
-/// The widest instructions of this machine.
+static CHOSEN: OnceLock<InstructionSet> = OnceLock::new();
+
+/// The widest instructions of this machine that the process may use.
 pub fn instruction_set() -> InstructionSet {
-    static CHOSEN: OnceLock<InstructionSet> = OnceLock::new();
     *CHOSEN.get_or_init(detect)
+}
+
+/// Lets this process use nothing wider than `widest`, and returns what it uses. Says nothing to kernels that ran before.
+pub fn limit_instruction_set(widest: InstructionSet) -> InstructionSet {
+    *CHOSEN.get_or_init(|| detect().min(widest))
 }
 
 #[cfg(target_arch = "x86_64")]

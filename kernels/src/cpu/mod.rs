@@ -29,7 +29,7 @@ pub use attention::{AttendSpan, Attention};
 pub use dtype::Dtype;
 pub use elementwise::{Activation, add, add_rows, gate, scale};
 pub use error::KernelError;
-pub use instructions::{InstructionSet, instruction_set};
+pub use instructions::{InstructionSet, instruction_set, limit_instruction_set};
 pub use logits::{
     LOGIT_BLOCK, LOGIT_LANES, count_above, count_reaching, exp_sums, exp_weights, lane_maxima,
     sum_reaching,

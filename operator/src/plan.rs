@@ -38,6 +38,19 @@ pub enum Change {
     DeletePod { name: String, spent: Spent },
 }
 
+impl Change {
+    /// Whether it is of what Pods find: to be there before they are.
+    pub fn is_for_pods(&self) -> bool {
+        matches!(
+            self,
+            Self::ApplyService(_)
+                | Self::ApplyDisruptionBudget(_)
+                | Self::ApplyNetworkPolicy(_)
+                | Self::DeleteNetworkPolicy { .. }
+        )
+    }
+}
+
 /// Why a Pod will not come to anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spent {

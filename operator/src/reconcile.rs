@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crds::{ConditionType, InferenceModel, InferenceModelStatus, Reason};
+use futures_util::future::join_all;
 use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
 use kube::core::DeserializeGuard;
@@ -16,8 +17,8 @@ use crate::apply::{Applier, ApplyError};
 use crate::backoff::{Backoff, Counts};
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::observe::{Stores, observe};
-use crate::plan::{Change, Spent, plan};
+use crate::observe::{Observed, Stores, observe};
+use crate::plan::{Change, Plan, Spent, plan};
 use crate::pods::{Key, key_of};
 use crate::status;
 
@@ -83,18 +84,13 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
     context.stores.wait().await;
     let observed = observe(model, &context.stores, &context.config).await;
     let plan = plan(model, &observed, &context.config);
-    for change in &plan.changes {
-        if let Err(error) = context.applier.apply(model, &observed, change).await {
-            if error.is_refusal() {
-                let status = status::refused(model, &observed, error.to_string());
-                context.applier.write_status(model, &status).await?;
-                context.teller.tell(model, &status).await;
-            }
-            return Err(error);
+    if let Err(error) = apply_all(model, &observed, &plan, context).await {
+        if error.is_refusal() {
+            let status = status::refused(model, &observed, error.to_string());
+            context.applier.write_status(model, &status).await?;
+            context.teller.tell(model, &status).await;
         }
-        if matches!(change, Change::DeletePod { spent: Spent::Fragmented, .. }) {
-            context.stores.shared.fragmented.add(&key_of(&model.metadata));
-        }
+        return Err(error);
     }
     if status::is_settled(&plan.status) {
         context.stores.shared.fragmented.clear(&key_of(&model.metadata));
@@ -102,6 +98,26 @@ async fn write(model: &InferenceModel, context: &Context) -> Result<Duration, Ap
     context.applier.write_status(model, &plan.status).await?;
     context.teller.tell(model, &plan.status).await;
     Ok(plan.look_again)
+}
+
+/// Makes a plan's changes: what Pods are to find at once, then the Deployment that makes them, then deletions.
+async fn apply_all(
+    model: &InferenceModel,
+    observed: &Observed,
+    plan: &Plan,
+    context: &Context,
+) -> Result<(), ApplyError> {
+    let apply = |change| context.applier.apply(model, observed, change);
+    let (found, others): (Vec<_>, Vec<_>) = plan.changes.iter().partition(|it| it.is_for_pods());
+    // All of them to their ends: a request that is dropped may have been heard.
+    join_all(found.into_iter().map(apply)).await.into_iter().collect::<Result<(), _>>()?;
+    for change in others {
+        apply(change).await?;
+        if matches!(change, Change::DeletePod { spent: Spent::Fragmented, .. }) {
+            context.stores.shared.fragmented.add(&key_of(&model.metadata));
+        }
+    }
+    Ok(())
 }
 
 /// Says of a model that cannot be read what is wrong with it. Its children stay as they are.

@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
-const WIDTH: f64 = 940.0;
+const WIDTH: f64 = 1000.0;
 const HEIGHT: f64 = 400.0;
 /// Room for the title, the axes and, to the right, the legend: left, top, right, bottom.
-const MARGINS: [f64; 4] = [76.0, 40.0, 240.0, 52.0];
+const MARGINS: [f64; 4] = [76.0, 40.0, 300.0, 52.0];
 /// Distinct also to those who do not see red and green apart (Okabe and Ito, 2008).
 const COLOURS: [&str; 6] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
 /// Points of a line; more would not be seen.

@@ -6,6 +6,8 @@ CARGO ?= cargo
 ARGS ?=
 # Flags of the load generator.
 BENCH_ARGS ?= --base-url http://127.0.0.1:8000 --num-prompts 64 --max-concurrency 16
+# Architectures that `make test` compiles the GPU kernels for; it cannot run them.
+CUDA_ARCHS ?= 90a
 # Seconds that each fuzz target runs.
 FUZZ_SECONDS ?= 60
 
@@ -16,7 +18,7 @@ CLUSTER ?= target/cluster
 HELM_ARGS ?=
 TEST ?=
 KEEP ?=
-.PHONY: help run test test-cluster bench bench-hop bench-cpu bench-operator fuzz image cluster-up cluster-down tools components
+.PHONY: help run test test-cluster bench bench-hop bench-cpu bench-operator bench-gpu cuda-toolchain test-gpu fuzz image cluster-up cluster-down tools components
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
@@ -29,6 +31,9 @@ run: tools ## Build, fetch SmolLM2-135M-Instruct and serve it on 127.0.0.1:8000 
 test: tools components ## Check the format, run the lints and all tests
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@$(PYTHON) tests/cuda_toolchain.py >/dev/null
+	BINDERY_CUDA_ARCHS=$(CUDA_ARCHS) $(CARGO) clippy --locked -p kernels --features cuda --all-targets -- -D warnings
+	BINDERY_CUDA_ARCHS=$(CUDA_ARCHS) $(CARGO) test --locked -p kernels --features cuda --lib
 	@models=$$($(PYTHON) tests/fetch_models.py) && \
 	conformance=$$($(PYTHON) tests/conformance/fetch.py) && \
 	python=$$($(PYTHON) tests/python_env.py) && \
@@ -41,6 +46,7 @@ test: tools components ## Check the format, run the lints and all tests
 	$(CARGO) test --locked --workspace
 	@if why=$$(sh tests/cluster/can_run.sh 2>&1); then $(MAKE) --no-print-directory test-cluster; \
 	else printf '\n*** NOT RUN: the cluster suite. %s ***\n' "$$why"; fi
+	@printf '\n*** NOT RUN: the GPU kernels against their references, which need an NVIDIA GPU: make test-gpu ***\n'
 
 test-cluster: tools ## Start that cluster, run the cluster suite against it, remove it (TEST="..." names tests; KEEP=1 keeps it)
 	@PROFILE=dev HELM_ARGS="--set node.minReadySeconds=4 $(HELM_ARGS)" sh tests/cluster/install.sh $(CLUSTER)
@@ -62,6 +68,15 @@ bench-cpu: tools ## Ours against llama.cpp's server on the same model, side by s
 
 bench-operator: tools ## A thousand models and five thousand Pods on a real API server (as root; needs Go)
 	@sh tests/cluster/bench_operator.sh $(CLUSTER)
+
+cuda-toolchain: ## Fetch CUDA's compiler for `--features cuda` (100 MB from PyPI; needs no GPU)
+	@$(PYTHON) tests/cuda_toolchain.py
+
+test-gpu: cuda-toolchain ## Compare every GPU kernel with its reference (needs an NVIDIA GPU; BINDERY_CASES=N random shapes a test)
+	$(CARGO) test --release --locked -p kernels --features cuda --test parity
+
+bench-gpu: test-gpu ## That, then every GPU kernel against its floor and its rival; one table, and target/bench-gpu.json
+	$(CARGO) bench --locked -p kernels --features cuda --bench gpu -- --json $(abspath target)/bench-gpu.json
 
 fuzz: tools ## Fuzz the parsers and readers, each for FUZZ_SECONDS (installs cargo-fuzz and a nightly toolchain)
 	@rustup toolchain list | grep -q '^nightly' || rustup toolchain install nightly --profile minimal

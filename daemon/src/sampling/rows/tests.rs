@@ -267,3 +267,65 @@ fn the_one_candidate_among_equals_is_the_lowest_id() {
         );
     }
 }
+
+/// As the device knows the same state.
+fn on_device(params: &Params, choice: u32, output: &[u32]) -> kernels::cuda::SamplingState {
+    let history: Vec<u32> = [1, 2].iter().chain(output).copied().collect();
+    let device = kernels::cuda::SamplingParams {
+        temperature: params.temperature,
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        presence_penalty: params.presence_penalty,
+        frequency_penalty: params.frequency_penalty,
+        repetition_penalty: params.repetition_penalty,
+        seed: params.seed,
+        prompt_index: params.prompt_index,
+        min_tokens: params.min_tokens,
+        logprobs: params.logprobs,
+    };
+    let mut state = kernels::cuda::SamplingState::admitted(device, choice, (&history, 2));
+    state.biases = params.logit_bias.iter().map(|(token, bias)| (token.0, *bias)).collect();
+    state.stops = params.stop_tokens.iter().map(|token| token.0).collect();
+    state
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_device_means_the_same_tokens(
+        seed in any::<u64>(), salt in any::<u32>(), choice in 0..4_u32, vocab in 30..6000_usize, values in 2..2000_u32,
+        temperature in prop::sample::select(vec![0.0, 0.01, 0.5, 1.0, 2.0_f32]), k in prop::sample::select(vec![0, 1, 5, 50, 7000]),
+        top_p in prop::sample::select(vec![1.0, 0.999, 0.9, 0.3, 1e-6_f32]), min_p in prop::sample::select(vec![0.0, 0.0, 0.02, 1.0_f32]),
+        penalty in prop::sample::select(vec![0.0, 0.0, 0.3, -0.5_f32]),
+    ) {
+        let params = Params {
+            seed, temperature, top_k: NonZeroU32::new(k), top_p, min_p, prompt_index: choice + 1,
+            presence_penalty: penalty, frequency_penalty: penalty / 2.0, repetition_penalty: 1.0 + penalty / 4.0,
+            logit_bias: vec![(TokenId(3), 2.0), (TokenId(20), -2.0)], min_tokens: 5, stop_tokens: Arc::new([TokenId(3)]),
+            logprobs: Some(5),
+        };
+        let mut device = on_device(&params, choice, &[7, 7, 8]);
+        let mut rows = Rows::new(1, vocab);
+        admit(&mut rows, 0, params, choice, &[7, 7, 8]);
+        for step in 0..4 {
+            let mut logits = logits(vocab, salt.wrapping_add(step));
+            // Many equal ones, and some that are no numbers or impossible.
+            logits.iter_mut().for_each(|logit| *logit = (*logit * values as f32).round() / values as f32);
+            (logits[9], logits[10]) = (f32::NAN, f32::NEG_INFINITY);
+            let draw = Draw { token: 0, row: RowId(0), kind: DrawKind::Sample };
+            let Drawn::Token { token, logprobs } = rows.draw(&draw, &logits) else { panic!("a token") };
+            prop_assert!(device.could_sample(&logits, token.0, 1e-5), "{device:?}: {token:?}, wanted {}", device.sample(&logits));
+            device.take_up(token.0);
+            let got = logprobs.unwrap();
+            let one = |score: &kernels::cuda::TokenScore| (score.token, score.rank);
+            prop_assert_eq!(one(&kernels::cuda::TokenScore::reference(&logits, token.0)), (token.0, got.token.rank));
+            let wanted = kernels::cuda::TokenScore::most_likely(&logits, 5);
+            for (got, wanted) in got.top.iter().zip(&wanted) {
+                prop_assert_eq!((got.token.0, got.rank), one(wanted));
+                prop_assert!((got.logprob - wanted.logprob).abs() < 1e-4, "{got:?} {wanted:?}");
+            }
+        }
+    }
+}

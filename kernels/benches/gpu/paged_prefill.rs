@@ -1,0 +1,79 @@
+//! Paged prefill attention on 32 query and 8 KV heads of 128, blocks of 16 in random order, whole prompts.
+
+use std::error::Error;
+
+use half::bf16;
+use kernels::cuda::{Arena, ArenaShape, PagedPrefill, PrefillInput};
+
+use crate::table::Row;
+use crate::timer::Timer;
+
+const HEADS: u32 = 32;
+const KV_HEADS: u32 = 8;
+const HEAD_DIM: u32 = 128;
+const BLOCK: u32 = 16;
+/// What the tensor cores do at most with random data, in TFLOP/s.
+const PEAK: f64 = 790.0;
+
+/// Sequences, tokens and what FlashAttention 3 reaches on an H200, in TFLOP/s.
+const CASES: [(u32, u32, f64); 3] = [(1, 4096, 546.0), (8, 1024, 392.0), (1, 16_384, 606.0)];
+
+pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
+    CASES
+        .into_iter()
+        .map(|(sequences, tokens, rival)| row(timer, sequences, tokens, rival))
+        .collect()
+}
+
+fn row(timer: &Timer, sequences: u32, tokens: u32, rival: f64) -> Result<Row, Box<dyn Error>> {
+    let time = measure(timer, sequences, tokens)?;
+    // Half of the scores are masked; two products, a multiplication and an addition each.
+    let operations =
+        f64::from(sequences) * f64::from(tokens).powi(2) / 2.0 * f64::from(HEADS * HEAD_DIM) * 4.0;
+    Ok(Row {
+        operation: "paged_prefill",
+        shape: format!("{sequences} x {tokens}"),
+        time,
+        floor: operations / PEAK / 1e6,
+        rival: Some((operations / rival / 1e6, "FlashAttention 3")),
+        figure: format!("{:.0} TFLOP/s", operations / time / 1e6),
+    })
+}
+
+fn measure(timer: &Timer, sequences: u32, tokens: u32) -> Result<f64, Box<dyn Error>> {
+    let kernels = &timer.kernels;
+    let width = tokens.div_ceil(BLOCK);
+    let shape = ArenaShape {
+        blocks: sequences * width,
+        block_size: BLOCK,
+        layers: 1,
+        kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+    };
+    let mut arena = Arena::<bf16>::new(kernels, shape)?;
+    let mut random = fastrand::Rng::with_seed(3);
+    let piece: Vec<bf16> = (0..4 << 20).map(|_| bf16::from_f32(random.f32() * 2.0 - 1.0)).collect();
+    timer.fill(&piece, arena.values_mut())?;
+    let mut tables: Vec<u32> = (0..shape.blocks).collect();
+    random.shuffle(&mut tables);
+    let begins: Vec<u32> = (0..=sequences).map(|sequence| sequence * tokens).collect();
+    let stream = kernels.stream();
+    let (tables, begins) = (stream.clone_htod(&tables)?, stream.clone_htod(&begins)?);
+    let starts = stream.clone_htod(&vec![0; sequences as usize])?;
+    let rows = (sequences * tokens * HEADS * HEAD_DIM) as usize;
+    let (q, mut out) = (timer.numbers(rows, 4)?, kernels.memory(rows)?);
+    let prefill = PagedPrefill {
+        sequences,
+        tokens: sequences * tokens,
+        table_width: width,
+        layer: 0,
+        heads: HEADS,
+        scale: 1.0 / f64::from(HEAD_DIM).sqrt() as f32,
+        window: None,
+        soft_cap: None,
+    };
+    timer.time(4, |_| {
+        let input = PrefillInput { tables: &tables, begins: &begins, starts: &starts };
+        Ok(kernels.paged_prefill(&prefill, &arena, &input, (&q, &mut out))?)
+    })
+}

@@ -1,0 +1,100 @@
+//! Times what the device does, without what the host does.
+
+use std::error::Error;
+
+use cudarc::driver::CudaSlice;
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use half::bf16;
+use kernels::cuda::{Kernels, Real};
+
+const REPLAYS: usize = 15;
+/// Bytes of the copy that says how fast memory is.
+const COPY: usize = 4 << 30;
+
+pub(crate) struct Timer {
+    pub(crate) kernels: Kernels,
+    /// GB/s, read and written.
+    pub(crate) copy_rate: f64,
+}
+
+impl Timer {
+    pub(crate) fn new() -> Result<Self, Box<dyn Error>> {
+        let mut timer = Self { kernels: Kernels::open(0)?, copy_rate: 0.0 };
+        let from = timer.kernels.memory::<u8>(COPY)?;
+        let mut to = timer.kernels.memory::<u8>(COPY)?;
+        timer.copy_rate = 2.0 * COPY as f64 / timer.copy(&from, &mut to)? / 1e3;
+        Ok(timer)
+    }
+
+    /// Microseconds of a copy, the least of some: not from a graph, which has another engine do it.
+    fn copy(&self, from: &CudaSlice<u8>, to: &mut CudaSlice<u8>) -> Result<f64, Box<dyn Error>> {
+        let stream = self.kernels.stream();
+        let mut least = f64::INFINITY;
+        for _ in 0..REPLAYS {
+            let begin = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+            stream.memcpy_dtod(from, to)?;
+            let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+            least = least.min(f64::from(begin.elapsed_ms(&end)?) * 1e3);
+        }
+        Ok(least)
+    }
+
+    /// Microseconds of one of `launches` launches: the median of replays of a graph that has them all.
+    pub(crate) fn time(
+        &self,
+        launches: usize,
+        mut launch: impl FnMut(usize) -> Result<(), Box<dyn Error>>,
+    ) -> Result<f64, Box<dyn Error>> {
+        let stream = self.kernels.stream();
+        launch(0)?;
+        stream.synchronize()?;
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        for index in 0..launches {
+            launch(index)?;
+        }
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
+        let mut times = Vec::new();
+        for replay in 0..REPLAYS + 3 {
+            let begin = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+            graph.launch()?;
+            let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+            let time = f64::from(begin.elapsed_ms(&end)?) * 1e3 / launches as f64;
+            if replay >= 3 {
+                times.push(time);
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+
+    /// Random numbers in device memory: a few MiB of them, again and again.
+    pub(crate) fn numbers(&self, len: usize, seed: u64) -> Result<CudaSlice<bf16>, Box<dyn Error>> {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let piece: Vec<bf16> =
+            (0..len.min(4 << 20)).map(|_| Real::from_f32(random.f32() * 2.0 - 1.0)).collect();
+        let mut values = self.kernels.memory(len)?;
+        self.fill(&piece, &mut values)?;
+        Ok(values)
+    }
+
+    /// Repeats a piece over device memory.
+    pub(crate) fn fill(
+        &self,
+        piece: &[bf16],
+        values: &mut CudaSlice<bf16>,
+    ) -> Result<(), Box<dyn Error>> {
+        let stream = self.kernels.stream();
+        let len = values.len();
+        let first = piece.len().min(len);
+        stream.memcpy_htod(&piece[..first], &mut values.slice_mut(..first))?;
+        let mut done = first;
+        while done < len {
+            let (filled, mut rest) = values.split_at_mut(done);
+            let count = done.min(len - done);
+            stream.memcpy_dtod(&filled.slice(..count), &mut rest.slice_mut(..count))?;
+            done += count;
+        }
+        Ok(())
+    }
+}

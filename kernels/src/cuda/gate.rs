@@ -1,0 +1,94 @@
+//! The gate of a feed-forward layer (Shazeer, arXiv 2002.05202): activation(gate) * up.
+
+/// What the gate goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateActivation {
+    Silu,
+    /// With the hyperbolic tangent.
+    Gelu,
+}
+
+/// The gate of each row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gate {
+    pub rows: u32,
+    /// Numbers of a row of the result: a multiple of 8.
+    pub width: u32,
+    pub activation: GateActivation,
+}
+
+impl Gate {
+    /// The meaning of the kernel. `x`: [rows, 2 width], the gate's projection first; `out`: [rows, width].
+    pub fn reference(&self, x: &[f32], out: &mut [f32]) {
+        let width = self.width as usize;
+        for (x, out) in x.chunks(2 * width).zip(out.chunks_mut(width)) {
+            let (gates, ups) = x.split_at(width);
+            for ((out, gate), up) in out.iter_mut().zip(gates).zip(ups) {
+                *out = (self.activation.of(f64::from(*gate)) * f64::from(*up)) as f32;
+            }
+        }
+    }
+}
+
+impl GateActivation {
+    fn of(self, x: f64) -> f64 {
+        match self {
+            Self::Silu => x / (1.0 + (-x).exp()),
+            Self::Gelu => {
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+                0.5 * x * (1.0 + inner.tanh())
+            }
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(super) use launch::MODULE;
+
+#[cfg(feature = "cuda")]
+mod launch {
+    use cudarc::driver::{CudaSlice, PushKernelArg};
+
+    use super::{Gate, GateActivation};
+    use crate::cuda::device::Module;
+    use crate::cuda::launch::{EIGHT, THREADS, grid, launched, len, same, whole_eights};
+    use crate::cuda::{Kernels, LaunchError, Real};
+
+    pub(in crate::cuda) const MODULE: Module = Module {
+        image: include_bytes!(concat!(env!("OUT_DIR"), "/gate.fatbin")),
+        functions: &["silu_mul_bf16", "silu_mul_f16", "gelu_mul_bf16", "gelu_mul_f16"],
+        most_shared: 0,
+    };
+
+    impl Kernels {
+        /// Queues the gate. Shapes as in [`Gate::reference`].
+        ///
+        /// # Errors
+        /// When lengths do not fit, or a row is no multiple of 8.
+        pub fn gate<T: Real>(
+            &self,
+            shape: &Gate,
+            x: &CudaSlice<T>,
+            out: &mut CudaSlice<T>,
+        ) -> Result<(), LaunchError> {
+            same("x", x.len(), len(&[2, shape.rows, shape.width]))?;
+            same("out", out.len(), len(&[shape.rows, shape.width]))?;
+            whole_eights("rows of", shape.width)?;
+            if shape.rows == 0 {
+                return Ok(());
+            }
+            let word = match shape.activation {
+                GateActivation::Silu => "silu",
+                GateActivation::Gelu => "gelu",
+            };
+            let function = self.kernel(&format!("{word}_mul_{}", T::NAME))?;
+            let eights = len(&[shape.rows, shape.width / EIGHT]);
+            let most = self.multiprocessors() * 8;
+            let blocks = u32::try_from(eights.div_ceil(THREADS as usize)).unwrap_or(most).min(most);
+            let mut launch = self.stream().launch_builder(function);
+            launch.arg(x).arg(out).arg(&shape.rows).arg(&shape.width);
+            // SAFETY: arguments match `*_mul_*` in gate.cu, which stays within the lengths checked above.
+            launched("gate", unsafe { launch.launch(grid(blocks, THREADS)) })
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! Paged decode attention: one query token a sequence against all its positions, out = softmax(q K^T * scale) V.
+
+use super::{ArenaShape, KvHalf, Slot};
+
+/// How a layer attends with one token a sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PagedDecode {
+    /// Rows of the launch; those of length 0 are no sequence.
+    pub sequences: u32,
+    /// Blocks that a row of the tables has room for.
+    pub table_width: u32,
+    pub layer: u32,
+    /// Query heads; a multiple of the arena's KV heads, at most 16 times as many. Consecutive ones share a KV head.
+    pub heads: u32,
+    pub scale: f32,
+    /// A token sees this many positions, its own included.
+    pub window: Option<u32>,
+    /// Scores become cap * tanh(score / cap).
+    pub soft_cap: Option<f32>,
+}
+
+impl PagedDecode {
+    /// The meaning of the kernel. `q`, `out`: [sequences, heads, head_dim]; `tables`: [sequences, table_width], blocks in the
+    /// order of positions; `lengths`: [sequences], the query's own position included. A block that the arena does not have is
+    /// not seen; a sequence that sees nothing gets zeros.
+    pub fn reference<T: Copy + Into<f32>>(
+        &self,
+        (shape, arena): (&ArenaShape, &[T]),
+        (tables, lengths): (&[u32], &[u32]),
+        q: &[f32],
+        out: &mut [f32],
+    ) {
+        let (dims, group) = (shape.head_dim as usize, self.heads / shape.kv_heads);
+        for (row, (q, out)) in q.chunks(dims).zip(out.chunks_mut(dims)).enumerate() {
+            let sequence = row / self.heads as usize;
+            let head = u32::try_from(row % self.heads as usize).unwrap_or(0) / group;
+            let table =
+                &tables[sequence * self.table_width as usize..][..self.table_width as usize];
+            let slots = self.seen(shape, table, lengths[sequence], head);
+            let value = |slot: Slot, dim, half| {
+                let bytes = u32::try_from(size_of::<T>()).unwrap_or(0);
+                f64::from(arena[shape.index(Slot { dim, half, ..slot }, bytes)].into())
+            };
+            let score = |slot: &Slot| {
+                let product = (0..shape.head_dim)
+                    .zip(q)
+                    .map(|(dim, q)| f64::from(*q) * value(*slot, dim, KvHalf::K));
+                let score = product.sum::<f64>() * f64::from(self.scale);
+                self.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+            };
+            let scores: Vec<f64> = slots.iter().map(score).collect();
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            for (dim, out) in (0..).zip(out) {
+                let values = slots.iter().zip(&weights);
+                let total: f64 =
+                    values.map(|(slot, weight)| weight * value(*slot, dim, KvHalf::V)).sum();
+                #[allow(clippy::cast_possible_truncation, reason = "the result is f32")]
+                let mean = if sum == 0.0 { 0.0 } else { total / sum } as f32;
+                *out = mean;
+            }
+        }
+    }
+
+    /// The slots of the positions that a sequence's query sees.
+    fn seen(&self, shape: &ArenaShape, table: &[u32], length: u32, head: u32) -> Vec<Slot> {
+        let length = length.min(self.table_width * shape.block_size);
+        let first = self.window.map_or(0, |window| length.saturating_sub(window));
+        let slot = |position: u32| Slot {
+            block: table[(position / shape.block_size) as usize],
+            layer: self.layer,
+            half: KvHalf::K,
+            head,
+            row: position % shape.block_size,
+            dim: 0,
+        };
+        (first..length).map(slot).filter(|slot| slot.block < shape.blocks).collect()
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(super) use launch::MODULE;
+#[cfg(feature = "cuda")]
+pub use launch::{DecodeInput, DecodeScratch};
+
+#[cfg(feature = "cuda")]
+mod launch {
+    use cudarc::driver::{
+        CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    };
+
+    use super::PagedDecode;
+    use crate::cpu::KernelError;
+    use crate::cuda::device::Module;
+    use crate::cuda::launch::{at_least, below, launched, len, same};
+    use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, LaunchError, Real};
+
+    /// As in the kernel.
+    const TILE: u32 = 16;
+    const HEADS: u32 = 8;
+    const WARPS: u32 = 4;
+    const THREADS: u32 = WARPS * 32;
+    /// Sequences of a launch: their sums are in shared memory.
+    const MOST_SEQUENCES: u32 = 4096;
+
+    pub(in crate::cuda) const MODULE: Module = Module {
+        image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_decode.fatbin")),
+        functions: &NAMES,
+        most_shared: 227 << 10,
+    };
+
+    const NAMES: [&str; 16] = [
+        "decode_bf16_64_8",
+        "decode_bf16_64_16",
+        "decode_bf16_96_8",
+        "decode_bf16_96_16",
+        "decode_bf16_128_8",
+        "decode_bf16_128_16",
+        "decode_bf16_256_8",
+        "decode_bf16_256_16",
+        "decode_f16_64_8",
+        "decode_f16_64_16",
+        "decode_f16_96_8",
+        "decode_f16_96_16",
+        "decode_f16_128_8",
+        "decode_f16_128_16",
+        "decode_f16_256_8",
+        "decode_f16_256_16",
+    ];
+
+    /// Stages of a warp, as the kernel of a head dimension has them.
+    fn stages(head_dim: u32) -> u32 {
+        match head_dim {
+            64 => 4,
+            96 | 128 => 2,
+            _ => 1,
+        }
+    }
+
+    /// Shared memory of a multiprocessor, and what a block takes of it beside its own.
+    const SHARED: u32 = 228 << 10;
+    const PER_BLOCK: u32 = 1 << 10;
+    /// Blocks of a multiprocessor at most: more do not read faster.
+    const BLOCKS: u32 = 2;
+
+    /// What a launch keeps between its blocks. As it is made, and after every launch, nothing has arrived.
+    #[derive(Debug)]
+    pub struct DecodeScratch {
+        parts: CudaSlice<f32>,
+        arrived: CudaSlice<u32>,
+    }
+
+    impl DecodeScratch {
+        /// For launches of at most `sequences` rows on an arena of this shape.
+        ///
+        /// # Errors
+        /// When the device has not as much memory.
+        pub fn new(
+            kernels: &Kernels,
+            shape: ArenaShape,
+            sequences: u32,
+        ) -> Result<Self, DeviceError> {
+            let parts = 2 * BLOCKS * kernels.multiprocessors() * 2 * HEADS * (shape.head_dim + 2);
+            let mut arrived = kernels.memory(sequences as usize * shape.kv_heads as usize)?;
+            let cleared = kernels.stream().memset_zeros(&mut arrived);
+            cleared.map_err(|source| DeviceError::Driver { what: "clear memory", source })?;
+            Ok(Self { parts: kernels.memory(parts as usize)?, arrived })
+        }
+    }
+
+    /// What changes from step to step, in device memory.
+    #[derive(Debug)]
+    pub struct DecodeInput<'a> {
+        pub tables: &'a CudaSlice<u32>,
+        pub lengths: &'a CudaSlice<u32>,
+    }
+
+    /// The kernel's argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Decode {
+        arena: u64,
+        blocks: u32,
+        block_size: u32,
+        layers: u32,
+        kv_heads: u32,
+        tables: u64,
+        lengths: u64,
+        sequences: u32,
+        table_width: u32,
+        layer: u32,
+        group: u32,
+        window: u32,
+        scale: f32,
+        soft_cap: f32,
+        parts: u64,
+        arrived: u64,
+    }
+
+    // SAFETY: numbers alone, laid out as in C.
+    unsafe impl DeviceRepr for Decode {}
+
+    impl PagedDecode {
+        fn group(&self, shape: &ArenaShape) -> u32 {
+            self.heads / shape.kv_heads.max(1)
+        }
+
+        fn check<T>(
+            &self,
+            arena: &Arena<T>,
+            input: &DecodeInput<'_>,
+            scratch: &DecodeScratch,
+            (q, out): (usize, usize),
+        ) -> Result<(), KernelError> {
+            let shape = &arena.shape;
+            let group = self.group(shape);
+            let rows = len(&[self.sequences, self.heads, shape.head_dim]);
+            below("sequences", self.sequences, MOST_SEQUENCES + 1)?;
+            below("layer", self.layer, shape.layers)?;
+            same("query heads", len(&[group, shape.kv_heads]), self.heads as usize)?;
+            below("query heads of a KV head", group, 2 * HEADS + 1)?;
+            same("q", q, rows)?;
+            same("out", out, rows)?;
+            same("lengths", input.lengths.len(), self.sequences as usize)?;
+            same("tables", input.tables.len(), len(&[self.sequences, self.table_width]))?;
+            at_least("arrived", scratch.arrived.len(), len(&[self.sequences, shape.kv_heads]))?;
+            // All positions of all sequences are counted in 32 bits.
+            let tiles = len(&[self.sequences, shape.kv_heads])
+                .checked_mul(len(&[self.table_width, shape.block_size]).div_ceil(TILE as usize));
+            tiles
+                .filter(|tiles| *tiles < 1 << 31)
+                .map(drop)
+                .ok_or(KernelError::Overflow("the tables"))
+        }
+    }
+
+    impl Kernels {
+        /// Queues the attention. Shapes as in [`PagedDecode::reference`].
+        ///
+        /// # Errors
+        /// When lengths do not fit, or no kernel was built for the head dimension or block size.
+        pub fn paged_decode<T: Real>(
+            &self,
+            shape: &PagedDecode,
+            arena: &Arena<T>,
+            input: &DecodeInput<'_>,
+            (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
+            scratch: &mut DecodeScratch,
+        ) -> Result<(), LaunchError> {
+            shape.check(arena, input, scratch, (q.len(), out.len()))?;
+            if shape.sequences == 0 {
+                return Ok(());
+            }
+            let dims = arena.shape.head_dim;
+            let heads = shape.group(&arena.shape).next_multiple_of(HEADS);
+            let name = format!("decode_{}_{dims}_{heads}", T::NAME);
+            let unsupported = || {
+                LaunchError::Unsupported(format!("{name}, blocks of {}", arena.shape.block_size))
+            };
+            let is_built = matches!(arena.shape.block_size, 8 | 16 | 32 | 64);
+            let function = self.function(&name).filter(|_| is_built).ok_or_else(unsupported)?;
+            let argument = self.argument(shape, arena, input, scratch);
+            let stream = self.stream();
+            let (q, _q) = q.device_ptr(stream);
+            let (out, _out) = out.device_ptr_mut(stream);
+            let tile = TILE * dims * u32::try_from(size_of::<T>()).unwrap_or(2);
+            let tiles = WARPS * stages(dims) * 2 * tile;
+            let parts = 2 * WARPS * heads * (dims + 2) * 4;
+            let rest = 1024 + shape.sequences * 8;
+            let shared_mem_bytes = tiles + parts + rest;
+            let blocks = (SHARED / (shared_mem_bytes + PER_BLOCK)).clamp(1, BLOCKS);
+            let config = LaunchConfig {
+                grid_dim: (self.multiprocessors() * blocks, 1, 1),
+                block_dim: (THREADS, 1, 1),
+                shared_mem_bytes,
+            };
+            let mut launch = stream.launch_builder(function);
+            launch.arg(&argument).arg(&q).arg(&out);
+            // SAFETY: the arguments are those of `decode_*` in paged_decode.cu, which stays within the lengths checked above and
+            // bounds lengths and block ids by them.
+            launched("paged_decode", unsafe { launch.launch(config) })
+        }
+
+        fn argument<T: Real>(
+            &self,
+            shape: &PagedDecode,
+            arena: &Arena<T>,
+            input: &DecodeInput<'_>,
+            scratch: &mut DecodeScratch,
+        ) -> Decode {
+            let stream = self.stream();
+            let log2_e = if shape.soft_cap.is_some() { 1.0 } else { std::f32::consts::LOG2_E };
+            Decode {
+                arena: arena.values.device_ptr(stream).0,
+                blocks: arena.shape.blocks,
+                block_size: arena.shape.block_size,
+                layers: arena.shape.layers,
+                kv_heads: arena.shape.kv_heads,
+                tables: input.tables.device_ptr(stream).0,
+                lengths: input.lengths.device_ptr(stream).0,
+                sequences: shape.sequences,
+                table_width: shape.table_width,
+                layer: shape.layer,
+                group: shape.group(&arena.shape),
+                window: shape.window.unwrap_or(0),
+                scale: shape.scale * log2_e,
+                soft_cap: shape.soft_cap.unwrap_or(0.0),
+                parts: scratch.parts.device_ptr_mut(stream).0,
+                arrived: scratch.arrived.device_ptr_mut(stream).0,
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+// What both kernels of paged prefill attention share: who computes which rows, and what a row sees.
+#pragma once
+#include "kv.cuh"
+
+struct Prefill {
+    KvArena arena;
+    const uint32_t* tables;  // [sequences][table_width]
+    const uint32_t* begins;  // [sequences + 1], rows of q where sequences begin
+    const uint32_t* starts;  // [sequences], positions of their first rows
+    uint32_t sequences;
+    uint32_t tokens;         // rows of q
+    uint32_t table_width;
+    uint32_t layer;
+    uint32_t group;          // query heads a KV head
+    uint32_t window;         // 0: none
+    float scale;             // of scores, times log2 e unless they are capped
+    float soft_cap;          // 0: none
+};
+
+// Tokens times the query heads of one KV head are the rows of a sequence: the heads that share K and V are neighbours, so that a
+// short chunk fills a tile too.
+struct Rows {
+    uint32_t begin;    // row of q
+    uint32_t count;    // tokens
+    uint32_t start;    // position of the first
+    uint32_t context;  // positions, those of these tokens included
+
+    __device__ __forceinline__ Rows(const Prefill& prefill, uint32_t sequence) {
+        begin = min(prefill.begins[sequence], prefill.tokens);
+        uint32_t end = min(prefill.begins[sequence + 1], prefill.tokens), most = prefill.table_width * prefill.arena.block_size;
+        count = end > begin ? end - begin : 0;
+        start = min(prefill.starts[sequence], most);
+        context = min(start + count, most);
+    }
+};
+
+// A tile of ROWS rows of one sequence and KV head.
+struct Unit {
+    uint32_t sequence;
+    uint32_t head;
+    uint32_t first_row;
+};
+
+// Counts the tiles of the sequences before each, in shared memory: [sequences + 1]. All threads take part.
+template <int ROWS> __device__ void count_tiles(const Prefill& prefill, uint32_t* before, uint32_t* scratch) {
+    uint32_t per_thread = (prefill.sequences + blockDim.x - 1) / blockDim.x;
+    uint32_t from = min(threadIdx.x * per_thread, prefill.sequences), to = min(from + per_thread, prefill.sequences);
+    auto tiles = [&](uint32_t s) { return (Rows(prefill, s).count * prefill.group + ROWS - 1) / ROWS; };
+    uint32_t own = 0;
+    for (uint32_t s = from; s < to; s++) own += tiles(s);
+    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, sum = own;
+    for (int step = 1; step < WARP; step *= 2) {
+        uint32_t other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+    }
+    if (lane == WARP - 1) scratch[warp] = sum;
+    __syncthreads();
+    for (uint32_t w = 0; w < warp; w++) sum += scratch[w];
+    uint32_t running = sum - own;
+    for (uint32_t s = from; s < to; s++) {
+        before[s] = running;
+        running += tiles(s);
+    }
+    if (threadIdx.x == blockDim.x - 1) before[prefill.sequences] = sum;
+    __syncthreads();
+}
+
+// The `index`th unit: of each sequence the tiles that see most first, so that short ones fill the gaps at the end.
+template <int ROWS> __device__ __forceinline__ Unit unit_of(const Prefill& prefill, const uint32_t* before, uint32_t index) {
+    uint32_t tile = index / prefill.arena.kv_heads, low = 0, high = prefill.sequences;
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        (before[middle] <= tile ? low : high) = middle;
+    }
+    return {low, index % prefill.arena.kv_heads, (before[low + 1] - 1 - tile) * ROWS};
+}
+
+// What a row sees: [from, to).
+struct Sight {
+    uint32_t from;
+    uint32_t to;
+
+    Sight() = default;
+    __device__ __forceinline__ Sight(const Prefill& prefill, const Rows& rows, uint32_t row) {
+        uint32_t token = min(row / prefill.group, rows.count - 1);
+        to = min(rows.start + token + 1, rows.context);
+        from = prefill.window == 0 || to <= prefill.window ? 0 : to - prefill.window;
+    }
+};
+
+__device__ __forceinline__ float capped(const Prefill& prefill, float score) {
+    float scaled = score * prefill.scale;
+    return prefill.soft_cap == 0 ? scaled : prefill.soft_cap * LOG2_E * tanhf(scaled / prefill.soft_cap);
+}

@@ -1,0 +1,298 @@
+//! Paged prefill attention: chunks of several sequences, each token against all its positions up to its own, which are in the
+//! arena, those of the chunk included: out = softmax(q K^T * scale) V.
+
+use super::{ArenaShape, KvHalf, Slot};
+
+/// How a layer attends with chunks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PagedPrefill {
+    pub sequences: u32,
+    /// Rows of q. Those of no sequence are left alone.
+    pub tokens: u32,
+    /// Blocks that a row of the tables has room for.
+    pub table_width: u32,
+    pub layer: u32,
+    /// Query heads; a multiple of the arena's KV heads. Consecutive ones share a KV head.
+    pub heads: u32,
+    /// Above 0.
+    pub scale: f32,
+    /// A token sees this many positions, its own included.
+    pub window: Option<u32>,
+    /// Scores become cap * tanh(score / cap).
+    pub soft_cap: Option<f32>,
+}
+
+/// Which rows of q are whose.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunks<'a> {
+    /// [sequences, table_width], blocks in the order of positions.
+    pub tables: &'a [u32],
+    /// [sequences + 1], rows of q where sequences begin.
+    pub begins: &'a [u32],
+    /// [sequences], positions of their first rows.
+    pub starts: &'a [u32],
+}
+
+impl PagedPrefill {
+    /// The meaning of the kernels. `q`, `out`: [tokens, heads, head_dim]. A block that the arena does not have is not seen; a token
+    /// that sees nothing gets zeros.
+    pub fn reference<T: Copy + Into<f32>>(
+        &self,
+        (shape, arena): (&ArenaShape, &[T]),
+        chunks: &Chunks<'_>,
+        q: &[f32],
+        out: &mut [f32],
+    ) {
+        let (dims, heads) = (shape.head_dim as usize, self.heads as usize);
+        for sequence in 0..self.sequences as usize {
+            let table =
+                &chunks.tables[sequence * self.table_width as usize..][..self.table_width as usize];
+            let begin = chunks.begins[sequence].min(self.tokens);
+            for row in begin..chunks.begins[sequence + 1].min(self.tokens) {
+                let most = self.table_width * shape.block_size;
+                let length = (chunks.starts[sequence].min(most) + (row - begin) + 1).min(most);
+                for head in 0..heads {
+                    let at = (row as usize * heads + head) * dims;
+                    let kv_head = u32::try_from(head).unwrap_or(0) / (self.heads / shape.kv_heads);
+                    let slots = self.seen(shape, table, length, kv_head);
+                    self.attend((shape, arena), &slots, &q[at..at + dims], &mut out[at..at + dims]);
+                }
+            }
+        }
+    }
+
+    fn attend<T: Copy + Into<f32>>(
+        &self,
+        (shape, arena): (&ArenaShape, &[T]),
+        slots: &[Slot],
+        q: &[f32],
+        out: &mut [f32],
+    ) {
+        let bytes = u32::try_from(size_of::<T>()).unwrap_or(0);
+        let value = |slot: &Slot, dim: usize, half| {
+            let dim = u32::try_from(dim).unwrap_or(0);
+            f64::from(arena[shape.index(Slot { dim, half, ..*slot }, bytes)].into())
+        };
+        let score = |slot: &Slot| {
+            let product =
+                q.iter().enumerate().map(|(dim, q)| f64::from(*q) * value(slot, dim, KvHalf::K));
+            let score = product.sum::<f64>() * f64::from(self.scale);
+            self.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+        };
+        let scores: Vec<f64> = slots.iter().map(score).collect();
+        let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for (dim, out) in out.iter_mut().enumerate() {
+            let total: f64 = slots
+                .iter()
+                .zip(&weights)
+                .map(|(slot, weight)| weight * value(slot, dim, KvHalf::V))
+                .sum();
+            *out = if slots.is_empty() { 0.0 } else { (total / sum) as f32 };
+        }
+    }
+
+    /// The slots that the token at position `length - 1` sees.
+    fn seen(&self, shape: &ArenaShape, table: &[u32], length: u32, head: u32) -> Vec<Slot> {
+        let first = self.window.map_or(0, |window| length.saturating_sub(window));
+        let slot = |position: u32| Slot {
+            block: table[(position / shape.block_size) as usize],
+            layer: self.layer,
+            half: KvHalf::K,
+            head,
+            row: position % shape.block_size,
+            dim: 0,
+        };
+        (first..length).map(slot).filter(|slot| slot.block < shape.blocks).collect()
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub use launch::PrefillInput;
+#[cfg(feature = "cuda")]
+pub(super) use launch::{HOPPER_MODULE, MODULE};
+
+#[cfg(feature = "cuda")]
+mod launch {
+    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+
+    use super::PagedPrefill;
+    use crate::cpu::KernelError;
+    use crate::cuda::device::Module;
+    use crate::cuda::launch::{below, launched, len, same};
+    use crate::cuda::{Arena, Kernels, LaunchError, Real};
+
+    pub(in crate::cuda) const MODULE: Module = Module {
+        image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_prefill.fatbin")),
+        functions: &[
+            "prefill_bf16_64",
+            "prefill_bf16_96",
+            "prefill_bf16_128",
+            "prefill_bf16_256",
+            "prefill_f16_64",
+            "prefill_f16_96",
+            "prefill_f16_128",
+            "prefill_f16_256",
+        ],
+        most_shared: 99 << 10,
+    };
+
+    pub(in crate::cuda) const HOPPER_MODULE: Module = Module {
+        image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_prefill_90.fatbin")),
+        functions: &[
+            "prefill_90_bf16_64",
+            "prefill_90_bf16_128",
+            "prefill_90_capped_bf16_64",
+            "prefill_90_capped_bf16_128",
+            "prefill_90_f16_64",
+            "prefill_90_f16_128",
+            "prefill_90_capped_f16_64",
+            "prefill_90_capped_f16_128",
+        ],
+        most_shared: 227 << 10,
+    };
+
+    /// Sequences of a launch: their sums are in shared memory.
+    const MOST_SEQUENCES: u32 = 4096;
+
+    /// What changes from step to step, in device memory: as [`super::Chunks`].
+    #[derive(Debug)]
+    pub struct PrefillInput<'a> {
+        pub tables: &'a CudaSlice<u32>,
+        pub begins: &'a CudaSlice<u32>,
+        pub starts: &'a CudaSlice<u32>,
+    }
+
+    /// The kernels' argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Argument {
+        arena: u64,
+        blocks: u32,
+        block_size: u32,
+        layers: u32,
+        kv_heads: u32,
+        tables: u64,
+        begins: u64,
+        starts: u64,
+        sequences: u32,
+        tokens: u32,
+        table_width: u32,
+        layer: u32,
+        group: u32,
+        window: u32,
+        scale: f32,
+        soft_cap: f32,
+    }
+
+    // SAFETY: numbers alone, laid out as in C.
+    unsafe impl DeviceRepr for Argument {}
+
+    impl PagedPrefill {
+        fn check<T>(
+            &self,
+            arena: &Arena<T>,
+            input: &PrefillInput<'_>,
+            (q, out): (usize, usize),
+        ) -> Result<(), KernelError> {
+            let shape = &arena.shape;
+            let rows = len(&[self.tokens, self.heads, shape.head_dim]);
+            let whole = self.heads / shape.kv_heads.max(1) * shape.kv_heads;
+            below("sequences", self.sequences, MOST_SEQUENCES + 1)?;
+            below("layer", self.layer, shape.layers)?;
+            same("query heads", whole as usize, self.heads as usize)?;
+            same("q", q, rows)?;
+            same("out", out, rows)?;
+            same("begins", input.begins.len(), self.sequences as usize + 1)?;
+            same("starts", input.starts.len(), self.sequences as usize)?;
+            same("tables", input.tables.len(), len(&[self.sequences, self.table_width]))?;
+            // Rows and positions are counted in 32 bits.
+            let counts =
+                [len(&[self.tokens, self.heads]), len(&[self.table_width, shape.block_size])];
+            let fits = counts.iter().all(|count| *count < 1 << 30) && self.scale > 0.0;
+            if fits {
+                Ok(())
+            } else {
+                Err(KernelError::Overflow("the tables or tokens, or the scale"))
+            }
+        }
+    }
+
+    impl Kernels {
+        /// Queues the attention. Shapes as in [`PagedPrefill::reference`].
+        ///
+        /// # Errors
+        /// When lengths do not fit, or no kernel was built for the head dimension or block size.
+        pub fn paged_prefill<T: Real>(
+            &self,
+            shape: &PagedPrefill,
+            arena: &Arena<T>,
+            input: &PrefillInput<'_>,
+            (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
+        ) -> Result<(), LaunchError> {
+            shape.check(arena, input, (q.len(), out.len()))?;
+            if shape.sequences == 0 || shape.tokens == 0 {
+                return Ok(());
+            }
+            let (size, dims) = (arena.shape.block_size, arena.shape.head_dim);
+            if !matches!(size, 8 | 16 | 32 | 64) {
+                return Err(LaunchError::Unsupported(format!("prefill on blocks of {size}")));
+            }
+            let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
+            let (prefix, row) = match (is_hopper, shape.soft_cap) {
+                (false, _) => ("prefill", 0),
+                (true, None) => ("prefill_90", dims * 2),
+                (true, Some(_)) => ("prefill_90_capped", dims * 2),
+            };
+            let function = self.kernel(&format!("{prefix}_{}_{dims}", T::NAME))?;
+            // Hopper: q twice, and two stages of 128 positions; else two stages of 64, of 32 where heads are large.
+            let positions = if dims > 128 { 32 } else { 64 };
+            let tiles = if is_hopper {
+                (2 * 128 + 2 * 2 * 128) * row
+            } else {
+                2 * 2 * positions * dims * 2
+            };
+            let config = LaunchConfig {
+                grid_dim: (self.multiprocessors() * if is_hopper { 1 } else { 2 }, 1, 1),
+                block_dim: (if is_hopper { 384 } else { 128 }, 1, 1),
+                shared_mem_bytes: tiles + 1024 + (shape.sequences + 1) * 4,
+            };
+            let argument = self.prefill_argument(shape, arena, input);
+            let stream = self.stream();
+            let mut launch = stream.launch_builder(function);
+            launch.arg(&argument).arg(q).arg(out);
+            // SAFETY: the arguments are those of `prefill_*` in paged_prefill.cu and paged_prefill_90.cu, which stay within the
+            // lengths checked above and bound rows, positions and block ids by them.
+            launched("paged_prefill", unsafe { launch.launch(config) })
+        }
+
+        fn prefill_argument<T: Real>(
+            &self,
+            shape: &PagedPrefill,
+            arena: &Arena<T>,
+            input: &PrefillInput<'_>,
+        ) -> Argument {
+            let stream = self.stream();
+            let log2_e = if shape.soft_cap.is_some() { 1.0 } else { std::f32::consts::LOG2_E };
+            Argument {
+                arena: arena.values.device_ptr(stream).0,
+                blocks: arena.shape.blocks,
+                block_size: arena.shape.block_size,
+                layers: arena.shape.layers,
+                kv_heads: arena.shape.kv_heads,
+                tables: input.tables.device_ptr(stream).0,
+                begins: input.begins.device_ptr(stream).0,
+                starts: input.starts.device_ptr(stream).0,
+                sequences: shape.sequences,
+                tokens: shape.tokens,
+                table_width: shape.table_width,
+                layer: shape.layer,
+                group: shape.heads / arena.shape.kv_heads,
+                window: shape.window.unwrap_or(0),
+                scale: shape.scale * log2_e,
+                soft_cap: shape.soft_cap.unwrap_or(0.0),
+            }
+        }
+    }
+}

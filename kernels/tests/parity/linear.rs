@@ -1,0 +1,225 @@
+//! Matrix products: of few rows, of the library, and the front of both.
+
+use std::path::PathBuf;
+
+use cudarc::driver::CudaSlice;
+use fastrand::Rng;
+use half::{bf16, f16};
+use kernels::cuda::{FewRowScratch, Gemm, Kernels, LaunchError, Linear, Onto, Products, Real};
+
+use crate::support::{
+    cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
+};
+
+/// What a launch gets.
+struct Case<T> {
+    shape: Linear,
+    x: Vec<T>,
+    w: Vec<T>,
+    /// What is in the output before: numbers where they are added to, otherwise NaN.
+    before: Vec<T>,
+}
+
+impl<T: Real> Case<T> {
+    fn filled(random: &mut Rng, shape: Linear) -> Self {
+        let [x, w, out] = [
+            (shape.rows, shape.inputs),
+            (shape.outputs, shape.inputs),
+            (shape.rows, shape.outputs),
+        ]
+        .map(|(rows, width)| rows as usize * width as usize);
+        let before = match shape.onto {
+            Onto::Nothing => vec![T::from_f32(f32::NAN); out],
+            Onto::Residual => numbers(random, out),
+        };
+        Self { shape, x: numbers(random, x), w: numbers(random, w), before }
+    }
+
+    /// Runs `launch` twice: what the first leaves must be what the second needs.
+    fn check(
+        &self,
+        kernels: &Kernels,
+        mut launch: impl FnMut(&[CudaSlice<T>; 2], &mut CudaSlice<T>) -> Result<(), LaunchError>,
+    ) {
+        let mut wanted = widened(&self.before);
+        self.shape.reference(&widened(&self.x), &widened(&self.w), &mut wanted);
+        let given = [upload(kernels, &self.x), upload(kernels, &self.w)];
+        for run in 0..2 {
+            let mut out = upload(kernels, &self.before);
+            launch(&given, &mut out).expect("launch");
+            let what = format!("{} {:?} run {run}", T::NAME, self.shape);
+            // Sums of so many products are rounded in f32; terms are below 1. The library rounds some products to the dtype
+            // before it adds them to the residual, and the sum once more.
+            let is_twice = self.shape.onto == Onto::Residual;
+            let root = (self.shape.inputs as f32).sqrt();
+            let (times, scale) =
+                if is_twice { (2.0, 1.0 + 0.1 * root) } else { (1.0, 0.1 + 0.02 * root) };
+            expect_close(
+                &what,
+                &widened(&download(kernels, &out)),
+                &wanted,
+                (times * tolerance::<T>(), scale),
+            );
+        }
+    }
+}
+
+fn onto(random: &mut Rng) -> Onto {
+    if random.bool() { Onto::Nothing } else { Onto::Residual }
+}
+
+/// Small and odd, or as models have them.
+fn few_row_shape(random: &mut Rng) -> Linear {
+    let (rows, onto) = (random.u32(1..=16), onto(random));
+    let inputs =
+        if random.u32(..4) == 0 { 8 * random.u32(400..2000) } else { 8 * random.u32(1..200) };
+    let outputs = if random.u32(..4) == 0 { random.u32(2000..6000) } else { random.u32(1..300) };
+    // The reference takes a while.
+    let outputs = outputs.min(40_000_000 / (inputs * rows)).max(1);
+    Linear { rows, inputs, outputs, onto }
+}
+
+fn few_row<T: Real>(random: &mut Rng, kernels: &Kernels) {
+    let shape = few_row_shape(random);
+    let case = Case::<T>::filled(random, shape);
+    let mut scratch = FewRowScratch::new(kernels, &[case.shape]).expect("memory");
+    case.check(kernels, |[x, w], out| kernels.few_row(&case.shape, (x, w), out, &mut scratch));
+}
+
+#[test]
+fn products_of_few_rows_are_their_reference() {
+    let kernels = kernels();
+    cases(200, |random| {
+        if random.bool() {
+            few_row::<bf16>(random, &kernels)
+        } else {
+            few_row::<f16>(random, &kernels)
+        }
+    });
+}
+
+/// Each launch reads its weights ahead, beside the one before it, whose result is its input.
+#[test]
+fn a_chain_of_products_is_the_same_every_time() {
+    let kernels = kernels();
+    cases(5, |random| {
+        let rows = random.u32(1..=16);
+        let shape = |inputs, outputs, onto| Linear { rows, inputs, outputs, onto };
+        let shapes = [shape(1024, 6144, Onto::Nothing), shape(6144, 1024, Onto::Residual)];
+        let mut scratch = FewRowScratch::new(&kernels, &shapes).unwrap();
+        let weights: Vec<_> =
+            (0..2).map(|_| upload(&kernels, &scaled(random, 1024 * 6144))).collect();
+        let x = scaled(random, rows as usize * 1024);
+        let mut run = |waits: bool| {
+            let mut residual = upload(&kernels, &x);
+            let mut inner = poisoned::<bf16>(&kernels, rows as usize * 6144);
+            for _ in 0..20 {
+                kernels
+                    .few_row(&shapes[0], (&residual, &weights[0]), &mut inner, &mut scratch)
+                    .unwrap();
+                if waits {
+                    kernels.stream().synchronize().unwrap();
+                }
+                kernels
+                    .few_row(&shapes[1], (&inner, &weights[1]), &mut residual, &mut scratch)
+                    .unwrap();
+                if waits {
+                    kernels.stream().synchronize().unwrap();
+                }
+            }
+            widened(&download(&kernels, &residual))
+        };
+        let wanted = run(true);
+        assert!(wanted.iter().all(|value| value.is_finite()), "{rows} rows");
+        for _ in 0..10 {
+            assert_eq!(run(false), wanted, "{rows} rows");
+        }
+    });
+}
+
+/// So small that products of products neither vanish nor grow.
+fn scaled(random: &mut Rng, len: usize) -> Vec<bf16> {
+    (0..len).map(|_| bf16::from_f32((random.f32() * 2.0 - 1.0) * 0.02)).collect()
+}
+
+fn gemm<T: Real>(random: &mut Rng, kernels: &Kernels, gemm: &mut Gemm) {
+    let shape = Linear {
+        rows: random.u32(1..300),
+        inputs: 8 * random.u32(1..100),
+        outputs: random.u32(1..400),
+        onto: onto(random),
+    };
+    let case = Case::<T>::filled(random, shape);
+    if random.bool() {
+        let [x, w] = [upload(kernels, &case.x), upload(kernels, &case.w)];
+        let mut out = poisoned(kernels, case.before.len());
+        gemm.tune(kernels, &shape, (&x, &[&w, &w]), &mut out).expect("tune");
+    }
+    case.check(kernels, |[x, w], out| kernels.gemm(&shape, (x, w), out, gemm));
+}
+
+#[test]
+fn products_of_the_library_are_their_reference() {
+    let kernels = kernels();
+    let mut library = Gemm::open(&kernels, None).unwrap();
+    cases(60, |random| {
+        if random.bool() {
+            gemm::<bf16>(random, &kernels, &mut library);
+        } else {
+            gemm::<f16>(random, &kernels, &mut library);
+        }
+    });
+}
+
+#[test]
+fn choices_are_kept_in_the_file() {
+    let kernels = kernels();
+    let path: PathBuf =
+        std::env::temp_dir().join(format!("bindery-choices-{}.json", std::process::id()));
+    std::fs::write(&path, "not JSON").unwrap();
+    let shape = Linear { rows: 64, inputs: 512, outputs: 768, onto: Onto::Nothing };
+    let case = Case::<bf16>::filled(&mut Rng::with_seed(1), shape);
+    let mut first = Gemm::open(&kernels, Some(&path)).unwrap();
+    let [x, w] = [upload(&kernels, &case.x), upload(&kernels, &case.w)];
+    let mut out = poisoned(&kernels, case.before.len());
+    first.tune(&kernels, &shape, (&x, &[&w]), &mut out).unwrap();
+    first.save().unwrap();
+    let kept = std::fs::read_to_string(&path).unwrap();
+    assert!(kept.contains("bf16 64x768x512"), "{kept}");
+    let mut second = Gemm::open(&kernels, Some(&path)).unwrap();
+    case.check(&kernels, |[x, w], out| kernels.gemm(&shape, (x, w), out, &mut second));
+    second.save().unwrap();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn few_and_many_rows_have_one_front() {
+    let kernels = kernels();
+    cases(20, |random| {
+        let shape =
+            Linear { rows: random.u32(10..24), inputs: 1024, outputs: 520, onto: onto(random) };
+        let mut products = Products::open(&kernels, &[shape], None).unwrap();
+        let case = Case::<bf16>::filled(random, shape);
+        case.check(&kernels, |[x, w], out| kernels.linear(&shape, (x, w), out, &mut products));
+    });
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_refused() {
+    let kernels = kernels();
+    let shape = Linear { rows: 4, inputs: 64, outputs: 32, onto: Onto::Nothing };
+    let case = Case::<bf16>::filled(&mut Rng::with_seed(1), shape);
+    let [x, w] = [upload(&kernels, &case.x), upload(&kernels, &case.w)];
+    let mut out = poisoned(&kernels, case.before.len());
+    let mut scratch = FewRowScratch::new(&kernels, &[Linear { outputs: 16, ..shape }]).unwrap();
+    let mut refuses = |shape: Linear, word: &str| {
+        let error = kernels.few_row(&shape, (&x, &w), &mut out, &mut scratch).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refuses(Linear { rows: 5, ..shape }, "x");
+    refuses(Linear { outputs: 33, ..shape }, "w");
+    refuses(Linear { rows: 8, inputs: 32, outputs: 64, ..shape }, "out");
+    refuses(Linear { rows: 64, inputs: 4, outputs: 512, ..shape }, "out");
+    refuses(shape, "arrived");
+}

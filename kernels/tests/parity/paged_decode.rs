@@ -1,0 +1,188 @@
+//! Paged decode attention.
+
+use fastrand::Rng;
+use half::{bf16, f16};
+use kernels::cuda::{Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, PagedDecode, Real};
+
+use crate::support::{cases, download, expect_close, kernels, numbers, poisoned, upload, widened};
+
+/// What a launch gets.
+struct Case<T> {
+    shape: PagedDecode,
+    arena_shape: ArenaShape,
+    arena: Vec<T>,
+    tables: Vec<u32>,
+    lengths: Vec<u32>,
+    q: Vec<T>,
+}
+
+impl<T: Real> Case<T> {
+    fn random(random: &mut Rng) -> Self {
+        let head_dim = random.choice([64, 96, 128, 256]).unwrap_or(64);
+        let kv_heads = random.u32(1..=4);
+        let block_size = random.choice([8, 16, 32, 64]).unwrap_or(16);
+        let arena_shape = ArenaShape {
+            blocks: random.u32(1..200),
+            block_size,
+            layers: random.u32(1..3),
+            kv_heads,
+            head_dim,
+        };
+        let shape = PagedDecode {
+            sequences: random.u32(1..20),
+            table_width: random.u32(1..40),
+            layer: random.u32(..arena_shape.layers),
+            heads: kv_heads * random.u32(1..=16),
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            window: random.bool().then(|| random.u32(1..400)),
+            soft_cap: random.bool().then(|| random.f32() * 30.0 + 0.5),
+        };
+        let mut case = Self::filled(random, shape, arena_shape);
+        // Some rows are no sequence, some ids are no block's, some lengths are beyond the table.
+        for length in &mut case.lengths {
+            *length = match random.u32(..10) {
+                0 => 0,
+                1 => u32::MAX - random.u32(..10),
+                _ => *length,
+            };
+        }
+        for id in &mut case.tables {
+            if random.u32(..20) == 0 {
+                let beyond = random.u32(arena_shape.blocks..);
+                *id = random.choice([arena_shape.blocks, u32::MAX, beyond]).unwrap_or(0);
+            }
+        }
+        case
+    }
+
+    fn filled(random: &mut Rng, shape: PagedDecode, arena_shape: ArenaShape) -> Self {
+        let most = shape.table_width * arena_shape.block_size;
+        Self {
+            shape,
+            arena_shape,
+            arena: numbers(random, arena_shape.len().unwrap_or(0)),
+            tables: (0..shape.sequences * shape.table_width)
+                .map(|_| random.u32(..arena_shape.blocks))
+                .collect(),
+            lengths: (0..shape.sequences).map(|_| random.u32(1..=most)).collect(),
+            q: numbers(random, (shape.sequences * shape.heads * arena_shape.head_dim) as usize),
+        }
+    }
+
+    fn check(&self, kernels: &Kernels) {
+        let mut arena = Arena::new(kernels, self.arena_shape).expect("memory");
+        kernels.stream().memcpy_htod(&self.arena, arena.values_mut()).expect("upload");
+        let (tables, lengths) = (upload(kernels, &self.tables), upload(kernels, &self.lengths));
+        let q = upload(kernels, &self.q);
+        let mut scratch =
+            DecodeScratch::new(kernels, self.arena_shape, self.shape.sequences).expect("memory");
+        let mut wanted = vec![0.0; self.q.len()];
+        let (shape, arena_values) = (&self.arena_shape, self.arena.as_slice());
+        self.shape.reference(
+            (shape, arena_values),
+            (&self.tables, &self.lengths),
+            &widened(&self.q),
+            &mut wanted,
+        );
+        // Twice: what the first leaves must be what the second needs.
+        for run in 0..2 {
+            let mut out = poisoned(kernels, self.q.len());
+            let input = DecodeInput { tables: &tables, lengths: &lengths };
+            kernels
+                .paged_decode(&self.shape, &arena, &input, (&q, &mut out), &mut scratch)
+                .expect("launch");
+            let got = widened(&download(kernels, &out));
+            let what = format!("{} {:?} {shape:?} run {run}", T::NAME, self.shape);
+            // Weights and results are rounded to the dtype: 2^-8 and 2^-11.
+            let tolerance = if T::NAME == "bf16" { 0.012 } else { 0.002 };
+            expect_close(&what, &got, &wanted, (tolerance, 0.3));
+        }
+    }
+}
+
+#[test]
+fn paged_decode_is_its_reference() {
+    let kernels = kernels();
+    cases(300, |random| {
+        if random.bool() {
+            Case::<bf16>::random(random).check(&kernels)
+        } else {
+            Case::<f16>::random(random).check(&kernels)
+        }
+    });
+}
+
+/// Positions that nobody has written hold anything, also what is no number.
+#[test]
+fn what_is_beyond_a_sequence_is_not_seen() {
+    let kernels = kernels();
+    cases(20, |random| {
+        let arena_shape =
+            ArenaShape { blocks: 64, block_size: 16, layers: 1, kv_heads: 2, head_dim: 128 };
+        let shape = PagedDecode {
+            sequences: 4,
+            table_width: 8,
+            layer: 0,
+            heads: 8,
+            scale: 0.1,
+            window: None,
+            soft_cap: None,
+        };
+        let mut case = Case::<bf16>::filled(random, shape, arena_shape);
+        case.tables = (0..32).collect();
+        for (index, length) in (0..).zip(&case.lengths) {
+            for position in *length..128 {
+                let block = index * 8 + position / 16;
+                for half in [kernels::cuda::KvHalf::K, kernels::cuda::KvHalf::V] {
+                    for (head, dim) in (0..2).flat_map(|head| (0..128).map(move |dim| (head, dim)))
+                    {
+                        let slot = kernels::cuda::Slot {
+                            block,
+                            layer: 0,
+                            half,
+                            head,
+                            row: position % 16,
+                            dim,
+                        };
+                        case.arena[arena_shape.index(slot, 2)] = bf16::NAN;
+                    }
+                }
+            }
+        }
+        case.check(&kernels);
+    });
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_refused() {
+    let kernels = kernels();
+    let mut random = Rng::with_seed(1);
+    let arena_shape =
+        ArenaShape { blocks: 4, block_size: 16, layers: 1, kv_heads: 2, head_dim: 64 };
+    let shape = PagedDecode {
+        sequences: 2,
+        table_width: 2,
+        layer: 0,
+        heads: 4,
+        scale: 1.0,
+        window: None,
+        soft_cap: None,
+    };
+    let case = Case::<bf16>::filled(&mut random, shape, arena_shape);
+    let arena = Arena::new(&kernels, arena_shape).expect("memory");
+    let mut scratch = DecodeScratch::new(&kernels, arena_shape, 2).expect("memory");
+    let (tables, lengths) = (upload(&kernels, &case.tables), upload(&kernels, &case.lengths));
+    let (q, mut out) = (upload(&kernels, &case.q), poisoned(&kernels, case.q.len()));
+    let mut refuses = |shape: PagedDecode, word: &str| {
+        let input = DecodeInput { tables: &tables, lengths: &lengths };
+        let error =
+            kernels.paged_decode(&shape, &arena, &input, (&q, &mut out), &mut scratch).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refuses(PagedDecode { sequences: 3, ..shape }, "q");
+    refuses(PagedDecode { table_width: 3, ..shape }, "tables");
+    refuses(PagedDecode { layer: 1, ..shape }, "layer");
+    refuses(PagedDecode { heads: 5, ..shape }, "query heads");
+    refuses(PagedDecode { heads: 64, ..shape }, "query heads of a KV head");
+    refuses(PagedDecode { sequences: 5000, ..shape }, "sequences");
+}

@@ -1,0 +1,160 @@
+//! Paged prefill attention.
+
+use fastrand::Rng;
+use half::{bf16, f16};
+use kernels::cuda::{
+    Arena, ArenaShape, Chunks, Kernels, KvHalf, PagedPrefill, PrefillInput, Real, Slot,
+};
+
+use crate::support::{cases, download, expect_close, kernels, numbers, tolerance, upload, widened};
+
+struct Case<T> {
+    shape: PagedPrefill,
+    arena_shape: ArenaShape,
+    arena: Vec<T>,
+    tables: Vec<u32>,
+    begins: Vec<u32>,
+    starts: Vec<u32>,
+    q: Vec<T>,
+}
+
+impl<T: Real> Case<T> {
+    fn random(random: &mut Rng) -> Self {
+        let head_dim = random.choice([64, 96, 128, 128, 256]).unwrap_or(64);
+        let kv_heads = random.u32(1..=3);
+        let block_size = random.choice([8, 16, 32, 64]).unwrap_or(16);
+        let arena_shape = ArenaShape {
+            blocks: random.u32(1..100),
+            block_size,
+            layers: random.u32(1..3),
+            kv_heads,
+            head_dim,
+        };
+        let table_width = random.u32(1..(1200 / block_size).max(2));
+        let most = table_width * block_size;
+        let sequences = random.u32(1..6);
+        let mut begins = vec![0];
+        let mut starts = Vec::new();
+        for _ in 0..sequences {
+            let start = random.u32(..most);
+            let chunk = random.u32(1..=(most - start).min(300)) * random.u32(..4).min(1);
+            starts.push(start);
+            begins.push(begins[begins.len() - 1] + chunk);
+        }
+        let tokens = begins[begins.len() - 1] + random.u32(..3);
+        let shape = PagedPrefill {
+            sequences,
+            tokens,
+            table_width,
+            layer: random.u32(..arena_shape.layers),
+            heads: kv_heads * random.choice([1, 2, 3, 4, 7, 8]).unwrap_or(1),
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            window: random.bool().then(|| random.u32(1..400)),
+            soft_cap: random.bool().then(|| random.f32() * 30.0 + 0.5),
+        };
+        let blocks = arena_shape.blocks;
+        let mut tables: Vec<u32> =
+            (0..sequences * table_width).map(|_| random.u32(..blocks)).collect();
+        if random.bool() {
+            for id in tables.iter_mut().step_by(random.usize(3..30)) {
+                let beyond = random.u32(blocks..);
+                *id = random.choice([blocks, u32::MAX, beyond]).unwrap_or(0);
+            }
+        }
+        let arena = numbers(random, arena_shape.len().unwrap_or(0));
+        let q = numbers(random, (tokens * shape.heads * head_dim) as usize);
+        Self { shape, arena_shape, arena, tables, begins, starts, q }
+    }
+
+    fn check(&self, kernels: &Kernels) {
+        if self.q.is_empty() {
+            return;
+        }
+        let mut arena = Arena::new(kernels, self.arena_shape).expect("memory");
+        kernels.stream().memcpy_htod(&self.arena, arena.values_mut()).expect("upload");
+        let (tables, begins) = (upload(kernels, &self.tables), upload(kernels, &self.begins));
+        let (starts, q) = (upload(kernels, &self.starts), upload(kernels, &self.q));
+        // What is of no sequence must stay as it is.
+        let before = T::from_f32(7.0);
+        let mut wanted = vec![before.into(); self.q.len()];
+        let chunks = Chunks { tables: &self.tables, begins: &self.begins, starts: &self.starts };
+        self.shape.reference(
+            (&self.arena_shape, &self.arena),
+            &chunks,
+            &widened(&self.q),
+            &mut wanted,
+        );
+        let mut poison = vec![T::from_f32(f32::NAN); self.q.len()];
+        let row = (self.shape.heads * self.arena_shape.head_dim) as usize;
+        poison[self.begins[self.begins.len() - 1] as usize * row..].fill(before);
+        let mut out = upload(kernels, &poison);
+        let input = PrefillInput { tables: &tables, begins: &begins, starts: &starts };
+        kernels.paged_prefill(&self.shape, &arena, &input, (&q, &mut out)).expect("launch");
+        let got = widened(&download(kernels, &out));
+        let what = format!(
+            "{} {:?} {:?} {:?} {:?}",
+            T::NAME,
+            self.shape,
+            self.arena_shape,
+            self.begins,
+            self.starts
+        );
+        expect_close(&what, &got, &wanted, (2.0 * tolerance::<T>(), 0.3));
+    }
+}
+
+#[test]
+fn paged_prefill_is_its_reference() {
+    let kernels = kernels();
+    cases(100, |random| {
+        if random.bool() {
+            Case::<bf16>::random(random).check(&kernels)
+        } else {
+            Case::<f16>::random(random).check(&kernels)
+        }
+    });
+}
+
+/// Positions that nobody has written hold anything, also what is no number.
+#[test]
+fn what_is_beyond_a_chunk_is_not_seen() {
+    let kernels = kernels();
+    cases(20, |random| {
+        let head_dim = random.choice([64, 128, 256]).unwrap_or(64);
+        let arena_shape =
+            ArenaShape { blocks: 40, block_size: 16, layers: 1, kv_heads: 1, head_dim };
+        let (start, chunk) = (random.u32(..300), random.u32(1..300));
+        let shape = PagedPrefill {
+            sequences: 1,
+            tokens: chunk,
+            table_width: 40,
+            layer: 0,
+            heads: 4,
+            scale: 0.1,
+            window: None,
+            soft_cap: None,
+        };
+        let mut arena: Vec<bf16> = numbers(random, arena_shape.len().unwrap_or(0));
+        for position in start + chunk..640 {
+            for (half, dim) in [KvHalf::K, KvHalf::V]
+                .into_iter()
+                .flat_map(|half| (0..head_dim).map(move |dim| (half, dim)))
+            {
+                let slot =
+                    Slot { block: position / 16, layer: 0, half, head: 0, row: position % 16, dim };
+                arena[arena_shape.index(slot, 2)] = bf16::NAN;
+            }
+        }
+        let q = numbers(random, (chunk * 4 * head_dim) as usize);
+        Case {
+            shape,
+            arena_shape,
+            arena,
+            tables: (0..40).collect(),
+            begins: vec![0, chunk],
+            starts: vec![start],
+            q,
+        }
+        .check(&kernels);
+    });
+}

@@ -1,0 +1,245 @@
+//! The operations over rows: norms, gates, gathering, rotary embedding with the store, copies of blocks.
+
+use fastrand::Rng;
+use half::{bf16, f16};
+use kernels::cuda::{
+    Arena, ArenaShape, BlockPairs, Gate, GateActivation, Gather, HeadNorms, Kernels, Real, RmsNorm,
+    RopeInput, RopeStore, copy_blocks_reference,
+};
+
+use crate::support::{
+    cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
+};
+
+/// Runs a generic test with one of the dtypes.
+macro_rules! either_dtype {
+    ($random:expr, $kernels:expr, $test:ident) => {
+        if $random.bool() {
+            $test::<bf16>($random, $kernels)
+        } else {
+            $test::<f16>($random, $kernels)
+        }
+    };
+}
+
+fn norm<T: Real>(random: &mut Rng, kernels: &Kernels) {
+    let shape = RmsNorm { rows: random.u32(1..40), width: random.u32(1..1200) * 8, epsilon: 1e-5 };
+    let len = (shape.rows * shape.width) as usize;
+    let (x, weight) = (numbers::<T>(random, len), numbers::<T>(random, shape.width as usize));
+    let mut wanted = vec![0.0; len];
+    shape.reference(&widened(&x), &widened(&weight), &mut wanted);
+    let (on_x, on_weight) = (upload(kernels, &x), upload(kernels, &weight));
+    let mut out = poisoned(kernels, len);
+    kernels.rms_norm(&shape, (&on_x, &on_weight), &mut out).expect("launch");
+    expect_close(
+        &format!("{shape:?}"),
+        &widened(&download(kernels, &out)),
+        &wanted,
+        (tolerance::<T>(), 1e-3),
+    );
+
+    let before = numbers::<T>(random, len);
+    let sum: Vec<T> = x
+        .iter()
+        .zip(&before)
+        .map(|(x, before)| T::from_f32((*x).into() + (*before).into()))
+        .collect();
+    shape.reference(&widened(&sum), &widened(&weight), &mut wanted);
+    let (mut residual, mut out) = (upload(kernels, &before), poisoned(kernels, len));
+    kernels.add_rms_norm(&shape, (&on_x, &on_weight), &mut residual, &mut out).expect("launch");
+    assert_eq!(widened(&download(kernels, &residual)), widened(&sum), "{shape:?}: the residual");
+    expect_close(
+        &format!("{shape:?} added"),
+        &widened(&download(kernels, &out)),
+        &wanted,
+        (tolerance::<T>(), 1e-3),
+    );
+}
+
+#[test]
+fn norms_are_their_reference() {
+    let kernels = kernels();
+    cases(200, |random| either_dtype!(random, &kernels, norm));
+}
+
+fn gate<T: Real>(random: &mut Rng, kernels: &Kernels) {
+    let activation = if random.bool() { GateActivation::Silu } else { GateActivation::Gelu };
+    let shape = Gate { rows: random.u32(1..60), width: random.u32(1..500) * 8, activation };
+    let x: Vec<T> =
+        (0..2 * shape.rows * shape.width).map(|_| T::from_f32(random.f32() * 16.0 - 8.0)).collect();
+    let mut wanted = vec![0.0; x.len() / 2];
+    shape.reference(&widened(&x), &mut wanted);
+    let mut out = poisoned(kernels, wanted.len());
+    kernels.gate(&shape, &upload(kernels, &x), &mut out).expect("launch");
+    // GELU of a number far below zero is the difference of two that are almost one.
+    expect_close(
+        &format!("{shape:?}"),
+        &widened(&download(kernels, &out)),
+        &wanted,
+        (tolerance::<T>(), 1e-2),
+    );
+}
+
+#[test]
+fn gates_are_their_reference() {
+    let kernels = kernels();
+    cases(200, |random| either_dtype!(random, &kernels, gate));
+}
+
+fn gather<T: Real + Default>(random: &mut Rng, kernels: &Kernels) {
+    let shape = Gather {
+        rows: random.u32(1..80),
+        table_rows: random.u32(1..300),
+        width: random.u32(1..400) * 8,
+    };
+    let table = numbers::<T>(random, (shape.table_rows * shape.width) as usize);
+    let mut ids: Vec<u32> = (0..shape.rows).map(|_| random.u32(..shape.table_rows)).collect();
+    ids[0] = random.choice([ids[0], shape.table_rows, u32::MAX]).unwrap_or(0);
+    let mut wanted = vec![T::default(); (shape.rows * shape.width) as usize];
+    shape.reference(&table, &ids, &mut wanted);
+    let mut out = poisoned(kernels, wanted.len());
+    kernels
+        .gather(&shape, (&upload(kernels, &table), &upload(kernels, &ids)), &mut out)
+        .expect("launch");
+    assert_eq!(widened(&download(kernels, &out)), widened(&wanted), "{shape:?}");
+}
+
+#[test]
+fn gathered_rows_are_their_reference() {
+    let kernels = kernels();
+    cases(200, |random| either_dtype!(random, &kernels, gather));
+}
+
+/// What a launch of `rope_store` gets, and the arena before it.
+struct Rope<T> {
+    shape: RopeStore,
+    arena_shape: ArenaShape,
+    qkv: Vec<T>,
+    weights: Option<[Vec<T>; 2]>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    frequencies: Vec<f32>,
+    before: Vec<T>,
+}
+
+impl<T: Real> Rope<T> {
+    fn random(random: &mut Rng) -> Self {
+        let head_dim = random.choice([64, 96, 128, 256]).unwrap_or(64);
+        let arena_shape = ArenaShape {
+            blocks: random.u32(4..40),
+            block_size: random.choice([8, 16, 32, 64]).unwrap_or(16),
+            layers: random.u32(1..3),
+            kv_heads: random.u32(1..5),
+            head_dim,
+        };
+        let shape = RopeStore {
+            tokens: random.u32(1..30),
+            heads: random.u32(1..20),
+            layer: random.u32(..arena_shape.layers),
+            rotary: random.choice([head_dim, head_dim / 2, 0]).unwrap_or(0),
+            epsilon: 1e-6,
+        };
+        let all = shape.heads + 2 * arena_shape.kv_heads;
+        let width = head_dim as usize;
+        let mut slots: Vec<u32> = (0..arena_shape.blocks * arena_shape.block_size).collect();
+        random.shuffle(&mut slots);
+        slots.truncate(shape.tokens as usize);
+        slots[0] = random.choice([slots[0], u32::MAX]).unwrap_or(0);
+        let frequency = |pair: u32| 10_000_f32.powf(-2.0 * pair as f32 / shape.rotary as f32);
+        Self {
+            shape,
+            arena_shape,
+            qkv: numbers(random, (shape.tokens * all * head_dim) as usize),
+            weights: random.bool().then(|| [numbers(random, width), numbers(random, width)]),
+            positions: (0..shape.tokens).map(|_| random.u32(..40_000)).collect(),
+            slots,
+            frequencies: (0..shape.rotary / 2).map(frequency).collect(),
+            before: numbers(random, arena_shape.len().unwrap_or(0)),
+        }
+    }
+
+    /// Q and the arena, as the reference has them.
+    fn wanted(&self) -> [Vec<f32>; 2] {
+        let mut arena = widened(&self.before);
+        let heads = self.shape.tokens * self.shape.heads * self.arena_shape.head_dim;
+        let mut q = vec![0.0; heads as usize];
+        let wide = self.weights.as_ref().map(|all| all.each_ref().map(|weight| widened(weight)));
+        let norms = wide.as_ref().map(|[q, k]| HeadNorms { q: q.as_slice(), k: k.as_slice() });
+        self.shape.reference(
+            &self.arena_shape,
+            (&widened(&self.qkv), norms),
+            (&self.positions, &self.slots, &self.frequencies),
+            &mut q,
+            |slot, value| arena[self.arena_shape.index(slot, 2)] = T::from_f32(value).into(),
+        );
+        [q, arena]
+    }
+
+    fn check(&self, kernels: &Kernels) {
+        let [wanted, wanted_arena] = self.wanted();
+        let mut arena = Arena::<T>::new(kernels, self.arena_shape).expect("memory");
+        kernels.stream().memcpy_htod(&self.before, arena.values_mut()).expect("upload");
+        let weights = self.weights.as_ref();
+        let weights = weights.map(|all| all.each_ref().map(|weight| upload(kernels, weight)));
+        let norms = weights.as_ref().map(|[q, k]| HeadNorms { q, k });
+        let mut q = poisoned(kernels, wanted.len());
+        let (positions, slots) = (upload(kernels, &self.positions), upload(kernels, &self.slots));
+        // The device has no memory of length 0.
+        let frequencies = if self.frequencies.is_empty() {
+            kernels.stream().null().expect("memory")
+        } else {
+            upload(kernels, &self.frequencies)
+        };
+        let input = RopeInput { positions: &positions, slots: &slots, frequencies: &frequencies };
+        let qkv = upload(kernels, &self.qkv);
+        kernels.rope_store(&self.shape, (&qkv, norms), &input, &mut arena, &mut q).expect("launch");
+        let what = format!("{:?} {:?}", self.shape, self.arena_shape);
+        let allowed = (2.0 * tolerance::<T>(), 0.05);
+        expect_close(&what, &widened(&download(kernels, &q)), &wanted, allowed);
+        let arena = download(kernels, arena.values_mut());
+        expect_close(&format!("{what}: the arena"), &widened(&arena), &wanted_arena, allowed);
+    }
+}
+
+fn rope<T: Real>(random: &mut Rng, kernels: &Kernels) {
+    Rope::<T>::random(random).check(kernels);
+}
+
+#[test]
+fn turned_and_stored_heads_are_their_reference() {
+    let kernels = kernels();
+    cases(300, |random| either_dtype!(random, &kernels, rope));
+}
+
+#[test]
+fn copied_blocks_are_their_reference_and_go_to_the_host_and_back() {
+    let kernels = kernels();
+    cases(60, |random| {
+        let shape = ArenaShape {
+            blocks: random.u32(8..30),
+            block_size: 16,
+            layers: 2,
+            kv_heads: 2,
+            head_dim: 64,
+        };
+        let mut arena = Arena::<bf16>::new(&kernels, shape).expect("memory");
+        let mut values = numbers::<bf16>(random, arena.values_mut().len());
+        kernels.stream().memcpy_htod(&values, arena.values_mut()).expect("upload");
+        let mut ids: Vec<u32> = (0..shape.blocks).collect();
+        random.shuffle(&mut ids);
+        let mut pairs = vec![(ids[0], ids[1]), (ids[0], ids[2]), (ids[3], ids[4])];
+        pairs.push(random.choice([(shape.blocks, ids[5]), (ids[5], u32::MAX)]).unwrap_or_default());
+        copy_blocks_reference(&mut values, arena.block_len(), &pairs);
+        let flat: Vec<u32> = pairs.iter().flat_map(|(from, to)| [*from, *to]).collect();
+        let pairs = upload(&kernels, &flat);
+        kernels.copy_blocks(&mut arena, &BlockPairs { pairs: &pairs, count: 4 }).expect("launch");
+        assert_eq!(widened(&download(&kernels, arena.values_mut())), widened(&values));
+
+        let mut host = kernels.pinned::<bf16>(arena.block_len()).expect("memory");
+        kernels.block_to_host(&arena, ids[6], &mut host).expect("launch");
+        kernels.block_from_host(&mut arena, ids[7], &host).expect("launch");
+        copy_blocks_reference(&mut values, arena.block_len(), &[(ids[6], ids[7])]);
+        assert_eq!(widened(&download(&kernels, arena.values_mut())), widened(&values));
+        assert!(kernels.block_to_host(&arena, shape.blocks, &mut host).is_err());
+    });
+}

@@ -7,6 +7,7 @@
 mod linear;
 mod paged_decode;
 mod paged_prefill;
+mod rows;
 mod sample;
 mod table;
 mod timer;
@@ -16,10 +17,11 @@ use timer::Timer;
 
 type Bench = fn(&Timer) -> Result<Vec<Row>, Box<dyn std::error::Error>>;
 
-const BENCHES: [(&str, Bench); 4] = [
+const BENCHES: [(&str, Bench); 5] = [
     ("linear", linear::rows),
     ("paged_decode", paged_decode::rows),
     ("paged_prefill", paged_prefill::rows),
+    ("rows", rows::rows),
     ("sample", sample::rows),
 ];
 

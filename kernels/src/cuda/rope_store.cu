@@ -1,5 +1,6 @@
 // Rotary position embedding of Q and K (Su et al., arXiv 2104.09864, halves as in Llama), after a norm of each head where there
-// is one, and the store of K and V into their slots. A warp has a head of a token.
+// is one, and the store of K and V into their slots. A block has a token: its angles are computed once for all heads, of which
+// each warp takes one after the other.
 #include "kv.cuh"
 #include "rows.cuh"
 
@@ -13,76 +14,96 @@ struct RopeStore {
     float epsilon;
 };
 
-// Each lane has the numbers `lane + i * 32`, so that the halves of a pair are in one lane where D is 64 or more.
-template <typename T, int D>
-__device__ __forceinline__ void head_of(const RopeStore& rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {
-    constexpr int N = D / WARP;
-    uint32_t lane = threadIdx.x % WARP, all = rope.heads + 2 * rope.kv_heads;
-    uint64_t index = static_cast<uint64_t>(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    uint32_t token = index / all, head = index % all;
-    if (token >= rope.tokens) return;
-    const T* from = qkv + index * D;
+constexpr int WARPS = 8;
+
+// Numbers that a lane moves at once, where they are so many.
+template <typename T, int N> struct alignas((N & (N - 1)) == 0 ? N * sizeof(T) : sizeof(T)) Numbers {
+    T values[N];
+};
+
+template <typename T, int D> struct Head {
+    static constexpr int N = D / WARP;
     float x[N];
+    uint32_t lane = threadIdx.x % WARP, first = lane * N;
+
+    __device__ __forceinline__ void load(const T* from) {
+        Numbers<T, N> numbers = reinterpret_cast<const Numbers<T, N>*>(from)[lane];
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = to_float(from[lane + i * WARP]);
-    bool is_q = head < rope.heads, is_v = head >= rope.heads + rope.kv_heads;
-    const T* weight = is_q ? q_weight : k_weight;
-    if (!is_v && weight != nullptr) {
+        for (int i = 0; i < N; i++) x[i] = to_float(numbers.values[i]);
+    }
+    __device__ __forceinline__ Numbers<T, N> rounded() const {
+        Numbers<T, N> numbers;
+#pragma unroll
+        for (int i = 0; i < N; i++) numbers.values[i] = from_float<T>(x[i]);
+        return numbers;
+    }
+    __device__ __forceinline__ void norm(const T* weight, float epsilon) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) sum += x[i] * x[i];
 #pragma unroll
         for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        float factor = rsqrtf(sum / D + rope.epsilon);
+        float factor = rsqrtf(sum / D + epsilon);
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] *= factor * to_float(weight[lane + i * WARP]);
+        for (int i = 0; i < N; i++) x[i] *= factor * to_float(weight[first + i]);
     }
-    if (!is_v) {
-        float position = rope.positions[token];
-        uint32_t half = rope.rotary / 2;
-        float turned[N];
-        // Through shared memory: the other half's place depends on how much of a head turns.
-        __shared__ float others[8][D];
-        float* own = others[threadIdx.x / WARP];
+    // `turns`: cosine and sine of each pair; `own`: room for the head, since the other half's lane depends on how much turns.
+    __device__ __forceinline__ void turn(const float2* turns, uint32_t half, float* own) {
+        __syncwarp();
 #pragma unroll
-        for (int i = 0; i < N; i++) own[lane + i * WARP] = x[i];
+        for (int i = 0; i < N; i++) own[first + i] = x[i];
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            uint32_t dim = lane + i * WARP;
-            turned[i] = x[i];
-            if (dim >= rope.rotary) continue;
-            uint32_t pair = dim % half;
-            float sine, cosine;
-            sincosf(position * rope.frequencies[pair], &sine, &cosine);
-            turned[i] = dim < half ? x[i] * cosine - own[dim + half] * sine : x[i] * cosine + own[dim - half] * sine;
+            uint32_t dim = first + i;
+            if (dim >= 2 * half) continue;
+            float2 turn = turns[dim % half];
+            x[i] = dim < half ? x[i] * turn.x - own[dim + half] * turn.y : x[i] * turn.x + own[dim - half] * turn.y;
         }
-#pragma unroll
-        for (int i = 0; i < N; i++) x[i] = turned[i];
     }
-    if (is_q) {
-        T* to = q + (static_cast<size_t>(token) * rope.heads + head) * D;
+    __device__ __forceinline__ void store(uint8_t* to, uint32_t row) const {
+        using L = Layout<T, D>;
+        Numbers<T, N> numbers = rounded();
+        uint32_t byte = first * sizeof(T);
+        if constexpr (N * sizeof(T) == alignof(Numbers<T, N>)) {
+            *reinterpret_cast<Numbers<T, N>*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers;
+        } else {
 #pragma unroll
-        for (int i = 0; i < N; i++) to[lane + i * WARP] = from_float<T>(x[i]);
-        return;
+            for (int i = 0; i < N; i++, byte += sizeof(T))
+                *reinterpret_cast<T*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers.values[i];
+        }
     }
+};
+
+template <typename T, int D>
+__device__ __forceinline__ void token_of(const RopeStore& rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {
+    __shared__ float2 turns[D / 2];
+    __shared__ float others[WARPS][D];
+    uint32_t token = blockIdx.x, warp = threadIdx.x / WARP, half = rope.rotary / 2, all = rope.heads + 2 * rope.kv_heads;
+    float position = rope.positions[token];
+    for (uint32_t pair = threadIdx.x; pair < half; pair += blockDim.x)
+        sincosf(position * rope.frequencies[pair], &turns[pair].y, &turns[pair].x);
+    __syncthreads();
     uint32_t slot = rope.slots[token], block = slot / rope.block_size, row = slot % rope.block_size;
-    if (block >= rope.blocks) return;
-    using L = Layout<T, D>;
     KvArena arena = {rope.arena, rope.blocks, rope.block_size, rope.layers, rope.kv_heads};
-    uint32_t kv_head = (head - rope.heads) % rope.kv_heads;
-    uint8_t* to = rope.arena + L::head(arena, block, rope.layer, is_v, kv_head);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        uint32_t byte = (lane + i * WARP) * sizeof(T);
-        *reinterpret_cast<T*>(to + L::chunk(row, byte / 16) + byte % 16) = from_float<T>(x[i]);
+    for (uint32_t index = warp; index < all; index += WARPS) {
+        bool is_q = index < rope.heads, is_v = index >= rope.heads + rope.kv_heads;
+        const T* weight = is_q ? q_weight : k_weight;
+        Head<T, D> head;
+        head.load(qkv + (static_cast<size_t>(token) * all + index) * D);
+        if (!is_v && weight != nullptr) head.norm(weight, rope.epsilon);
+        if (!is_v) head.turn(turns, half, others[warp]);
+        if (is_q)
+            reinterpret_cast<Numbers<T, Head<T, D>::N>*>(q + (static_cast<size_t>(token) * rope.heads + index) * D)[head.lane] = head.rounded();
+        else if (block < rope.blocks)
+            head.store(rope.arena + Layout<T, D>::head(arena, block, rope.layer, is_v, (index - rope.heads) % rope.kv_heads), row);
     }
 }
 
 #define ROPE(name, T, D)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256) rope_store_##name##_##D(                                       \
         const __grid_constant__ RopeStore rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {          \
-        head_of<T, D>(rope, qkv, q_weight, k_weight, q);                                                             \
+        token_of<T, D>(rope, qkv, q_weight, k_weight, q);                                                             \
     }
 #define ROPES(name, T) ROPE(name, T, 64) ROPE(name, T, 96) ROPE(name, T, 128) ROPE(name, T, 256)
 

@@ -184,11 +184,9 @@ mod launch {
             for weight in norms.iter().flat_map(|norms| [norms.q, norms.k]) {
                 same("a norm's weight", weight.len(), dims as usize)?;
             }
-            let heads = len(&[shape.tokens, shape.heads + 2 * arena.shape.kv_heads]);
             let function = self.kernel(&format!("rope_store_{}_{dims}", T::NAME))?;
-            let blocks = u32::try_from(heads.div_ceil(THREADS as usize / 32)).unwrap_or(u32::MAX);
-            below("heads of all tokens", blocks, 1 << 31)?;
-            if blocks == 0 {
+            below("tokens", shape.tokens, 1 << 31)?;
+            if shape.tokens == 0 {
                 return Ok(());
             }
             let stream = self.stream();
@@ -214,7 +212,7 @@ mod launch {
             let mut launch = stream.launch_builder(function);
             launch.arg(&argument).arg(qkv).arg(&q_weight).arg(&k_weight).arg(q);
             // SAFETY: arguments match `rope_store_*` in rope_store.cu, which bounds slots and stays within the lengths checked above.
-            launched("rope_store", unsafe { launch.launch(grid(blocks, THREADS)) })
+            launched("rope_store", unsafe { launch.launch(grid(shape.tokens, THREADS)) })
         }
     }
 }

@@ -228,7 +228,11 @@ fn copied_blocks_are_their_reference_and_go_to_the_host_and_back() {
         let mut ids: Vec<u32> = (0..shape.blocks).collect();
         random.shuffle(&mut ids);
         let mut pairs = vec![(ids[0], ids[1]), (ids[0], ids[2]), (ids[3], ids[4])];
-        pairs.push(random.choice([(shape.blocks, ids[5]), (ids[5], u32::MAX)]).unwrap_or_default());
+        pairs.push(
+            random
+                .choice([(shape.blocks, ids[5]), (ids[5], shape.blocks), (ids[5], u32::MAX)])
+                .unwrap_or_default(),
+        );
         copy_blocks_reference(&mut values, arena.block_len(), &pairs);
         let flat: Vec<u32> = pairs.iter().flat_map(|(from, to)| [*from, *to]).collect();
         let pairs = upload(&kernels, &flat);

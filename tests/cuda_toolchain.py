@@ -7,7 +7,10 @@ It lies in the cache, outside the working tree, where the kernels' build looks f
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from fetch_model import FetchError, pip
 
 VERSION = "13.0"
 # The compiler, its own headers, its optimizer, the C++ headers and those of the runtime.
@@ -31,8 +34,10 @@ def make(folder: Path) -> Path:
     if stamp.is_file() and stamp.read_text() == wanted:
         return home
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"]
-    subprocess.run([*command, "--target", str(folder), *wanted.split()], stdout=sys.stderr, check=True)
+    options = ["install", "--quiet", "--disable-pip-version-check", "--root-user-action", "ignore", "--no-deps", "--upgrade"]
+    with tempfile.TemporaryDirectory(prefix="bindery-cuda-") as scratch:
+        command = [*pip(Path(scratch)), *options, "--target", str(folder), *wanted.split()]
+        subprocess.run(command, stdout=sys.stderr, check=True)
     for program in [*(home / "bin").iterdir(), *(home / "nvvm" / "bin").iterdir()]:
         if program.is_file():
             program.chmod(0o755)
@@ -43,7 +48,7 @@ def make(folder: Path) -> Path:
 def main() -> int:
     try:
         print(make(cache_folder()))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, FetchError, subprocess.CalledProcessError) as error:
         print(f"cannot fetch CUDA's compiler: {error}", file=sys.stderr)
         return 1
     return 0

@@ -158,3 +158,38 @@ fn what_is_beyond_a_chunk_is_not_seen() {
         .check(&kernels);
     });
 }
+
+#[test]
+fn chunks_that_do_not_fit_are_refused() {
+    let kernels = kernels();
+    let arena_shape =
+        ArenaShape { blocks: 4, block_size: 16, layers: 1, kv_heads: 2, head_dim: 64 };
+    let arena = Arena::<bf16>::new(&kernels, arena_shape).expect("memory");
+    let shape = PagedPrefill {
+        sequences: 1,
+        tokens: 3,
+        table_width: 2,
+        layer: 0,
+        heads: 4,
+        scale: 1.0,
+        window: None,
+        soft_cap: None,
+    };
+    let (tables, begins) = (upload(&kernels, &[0_u32, 1]), upload(&kernels, &[0_u32, 3]));
+    let starts = upload(&kernels, &[0_u32]);
+    let q = upload(&kernels, &[bf16::ONE; 3 * 4 * 64]);
+    let mut out = upload(&kernels, &[bf16::ONE; 3 * 4 * 64]);
+    let mut refuses = |shape: PagedPrefill, word: &str| {
+        let input = PrefillInput { tables: &tables, begins: &begins, starts: &starts };
+        let done = kernels.paged_prefill(&shape, &arena, &input, (&q, &mut out));
+        let words = done.expect_err(word).to_string();
+        assert!(words.contains(word), "{words}");
+    };
+    refuses(PagedPrefill { tokens: 4, ..shape }, "q");
+    refuses(PagedPrefill { sequences: 2, ..shape }, "begins");
+    refuses(PagedPrefill { table_width: 3, ..shape }, "tables");
+    refuses(PagedPrefill { layer: 1, ..shape }, "layer");
+    refuses(PagedPrefill { heads: 3, ..shape }, "query heads");
+    refuses(PagedPrefill { sequences: 5000, ..shape }, "sequences");
+    refuses(PagedPrefill { scale: -1.0, ..shape }, "scale");
+}

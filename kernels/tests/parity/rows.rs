@@ -3,8 +3,8 @@
 use fastrand::Rng;
 use half::{bf16, f16};
 use kernels::cuda::{
-    Arena, ArenaShape, BlockPairs, Gate, GateActivation, Gather, HeadNorms, Kernels, Real, RmsNorm,
-    RopeInput, RopeStore, copy_blocks_reference,
+    Arena, ArenaShape, BlockPairs, Gate, GateActivation, Gather, HeadNorms, Kernels, LaunchError,
+    Real, RmsNorm, RopeInput, RopeStore, copy_blocks_reference,
 };
 
 use crate::support::{
@@ -246,4 +246,31 @@ fn copied_blocks_are_their_reference_and_go_to_the_host_and_back() {
         assert_eq!(widened(&download(&kernels, arena.values_mut())), widened(&values));
         assert!(kernels.block_to_host(&arena, shape.blocks, &mut host).is_err());
     });
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_refused() {
+    let kernels = kernels();
+    let x = upload(&kernels, &[bf16::ONE; 64]);
+    let (ids, mut out) = (upload(&kernels, &[0_u32; 4]), poisoned::<bf16>(&kernels, 64));
+    let refused = |result: Result<(), LaunchError>, word: &str| {
+        let words = result.expect_err(word).to_string();
+        assert!(words.contains(word), "{words}");
+    };
+    let norm = |rows, width| RmsNorm { rows, width, epsilon: 1e-5 };
+    refused(kernels.rms_norm(&norm(2, 64), (&x, &x), &mut out), "x has length 64, wanted 128");
+    refused(kernels.rms_norm(&norm(2, 32), (&x, &x), &mut out), "weight");
+    refused(kernels.rms_norm(&norm(u32::MAX, u32::MAX), (&x, &x), &mut out), "x");
+    let gate = |rows, width| Gate { rows, width, activation: GateActivation::Silu };
+    refused(kernels.gate(&gate(1, 64), &x, &mut out), "x has length 64, wanted 128");
+    refused(kernels.gate(&gate(1, 32), &x, &mut out), "out has length 64, wanted 32");
+    let gather = |rows, width| Gather { rows, table_rows: 8, width };
+    refused(kernels.gather(&gather(4, 16), (&x, &ids), &mut out), "table");
+    refused(kernels.gather(&gather(3, 8), (&x, &ids), &mut out), "ids");
+    let shape = ArenaShape { blocks: 2, block_size: 8, layers: 1, kv_heads: 1, head_dim: 64 };
+    let mut arena = Arena::<bf16>::new(&kernels, shape).expect("memory");
+    let pairs = BlockPairs { pairs: &ids, count: 3 };
+    refused(kernels.copy_blocks(&mut arena, &pairs), "pairs has length 4, wanted 6");
+    let odd = ArenaShape { block_size: 12, ..shape };
+    assert!(Arena::<bf16>::new(&kernels, odd).is_err(), "blocks of 12");
 }

@@ -12,12 +12,13 @@ const ARCHITECTURES: [&str; 5] = ["80", "86", "89", "90a", "80-virtual"];
 const SOURCES: &str = "src/cuda";
 
 fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
     println!("cargo::rerun-if-changed={SOURCES}");
     for variable in ["BINDERY_CUDA_ARCHS", "CUDA_HOME", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
-    }
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
     }
     if let Err(error) = build() {
         println!("cargo::error={error}");

@@ -5,6 +5,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "references round their results to f32")]
 
 mod arena;
+mod attention;
 mod copy_blocks;
 mod gate;
 mod gather;

@@ -1,6 +1,7 @@
 //! Paged decode attention: one query token a sequence against all its positions, out = softmax(q K^T * scale) V.
 
-use super::{ArenaShape, KvHalf, Slot};
+use super::ArenaShape;
+use super::attention::Meaning;
 
 /// How a layer attends with one token a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,52 +31,17 @@ impl PagedDecode {
         q: &[f32],
         out: &mut [f32],
     ) {
+        let Self { layer, scale, window, soft_cap, .. } = *self;
+        let meaning = Meaning { layer, scale, window, soft_cap };
         let (dims, group) = (shape.head_dim as usize, self.heads / shape.kv_heads);
         for (row, (q, out)) in q.chunks(dims).zip(out.chunks_mut(dims)).enumerate() {
             let sequence = row / self.heads as usize;
             let head = u32::try_from(row % self.heads as usize).unwrap_or(0) / group;
             let table =
                 &tables[sequence * self.table_width as usize..][..self.table_width as usize];
-            let slots = self.seen(shape, table, lengths[sequence], head);
-            let value = |slot: Slot, dim, half| {
-                let bytes = u32::try_from(size_of::<T>()).unwrap_or(0);
-                f64::from(arena[shape.index(Slot { dim, half, ..slot }, bytes)].into())
-            };
-            let score = |slot: &Slot| {
-                let product = (0..shape.head_dim)
-                    .zip(q)
-                    .map(|(dim, q)| f64::from(*q) * value(*slot, dim, KvHalf::K));
-                let score = product.sum::<f64>() * f64::from(self.scale);
-                self.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
-            };
-            let scores: Vec<f64> = slots.iter().map(score).collect();
-            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            for (dim, out) in (0..).zip(out) {
-                let values = slots.iter().zip(&weights);
-                let total: f64 =
-                    values.map(|(slot, weight)| weight * value(*slot, dim, KvHalf::V)).sum();
-                #[allow(clippy::cast_possible_truncation, reason = "the result is f32")]
-                let mean = if sum == 0.0 { 0.0 } else { total / sum } as f32;
-                *out = mean;
-            }
+            let slots = meaning.seen(shape, table, (lengths[sequence], head));
+            meaning.attend((shape, arena), &slots, q, out);
         }
-    }
-
-    /// The slots of the positions that a sequence's query sees.
-    fn seen(&self, shape: &ArenaShape, table: &[u32], length: u32, head: u32) -> Vec<Slot> {
-        let length = length.min(self.table_width * shape.block_size);
-        let first = self.window.map_or(0, |window| length.saturating_sub(window));
-        let slot = |position: u32| Slot {
-            block: table[(position / shape.block_size) as usize],
-            layer: self.layer,
-            half: KvHalf::K,
-            head,
-            row: position % shape.block_size,
-            dim: 0,
-        };
-        (first..length).map(slot).filter(|slot| slot.block < shape.blocks).collect()
     }
 }
 

@@ -1,7 +1,8 @@
 //! Paged prefill attention: chunks of several sequences, each token against all its positions up to its own, which are in the
 //! arena, those of the chunk included: out = softmax(q K^T * scale) V.
 
-use super::{ArenaShape, KvHalf, Slot};
+use super::ArenaShape;
+use super::attention::Meaning;
 
 /// How a layer attends with chunks.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,57 +55,21 @@ impl PagedPrefill {
                 for head in 0..heads {
                     let at = (row as usize * heads + head) * dims;
                     let kv_head = u32::try_from(head).unwrap_or(0) / (self.heads / shape.kv_heads);
-                    let slots = self.seen(shape, table, length, kv_head);
-                    self.attend((shape, arena), &slots, &q[at..at + dims], &mut out[at..at + dims]);
+                    let slots = self.meaning().seen(shape, table, (length, kv_head));
+                    self.meaning().attend(
+                        (shape, arena),
+                        &slots,
+                        &q[at..at + dims],
+                        &mut out[at..at + dims],
+                    );
                 }
             }
         }
     }
 
-    fn attend<T: Copy + Into<f32>>(
-        &self,
-        (shape, arena): (&ArenaShape, &[T]),
-        slots: &[Slot],
-        q: &[f32],
-        out: &mut [f32],
-    ) {
-        let bytes = u32::try_from(size_of::<T>()).unwrap_or(0);
-        let value = |slot: &Slot, dim: usize, half| {
-            let dim = u32::try_from(dim).unwrap_or(0);
-            f64::from(arena[shape.index(Slot { dim, half, ..*slot }, bytes)].into())
-        };
-        let score = |slot: &Slot| {
-            let product =
-                q.iter().enumerate().map(|(dim, q)| f64::from(*q) * value(slot, dim, KvHalf::K));
-            let score = product.sum::<f64>() * f64::from(self.scale);
-            self.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
-        };
-        let scores: Vec<f64> = slots.iter().map(score).collect();
-        let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
-        let sum: f64 = weights.iter().sum();
-        for (dim, out) in out.iter_mut().enumerate() {
-            let total: f64 = slots
-                .iter()
-                .zip(&weights)
-                .map(|(slot, weight)| weight * value(slot, dim, KvHalf::V))
-                .sum();
-            *out = if slots.is_empty() { 0.0 } else { (total / sum) as f32 };
-        }
-    }
-
-    /// The slots that the token at position `length - 1` sees.
-    fn seen(&self, shape: &ArenaShape, table: &[u32], length: u32, head: u32) -> Vec<Slot> {
-        let first = self.window.map_or(0, |window| length.saturating_sub(window));
-        let slot = |position: u32| Slot {
-            block: table[(position / shape.block_size) as usize],
-            layer: self.layer,
-            half: KvHalf::K,
-            head,
-            row: position % shape.block_size,
-            dim: 0,
-        };
-        (first..length).map(slot).filter(|slot| slot.block < shape.blocks).collect()
+    fn meaning(&self) -> Meaning {
+        let Self { layer, scale, window, soft_cap, .. } = *self;
+        Meaning { layer, scale, window, soft_cap }
     }
 }
 

@@ -1,0 +1,70 @@
+//! What attention over pages means for one query, in f64: out = softmax(q K^T * scale) V. Decode and prefill differ in which
+//! queries there are.
+
+use super::{ArenaShape, KvHalf, Slot};
+
+/// How a layer attends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Meaning {
+    pub(super) layer: u32,
+    pub(super) scale: f32,
+    pub(super) window: Option<u32>,
+    pub(super) soft_cap: Option<f32>,
+}
+
+impl Meaning {
+    /// Attends from one query: `q`, `out`: [head_dim]. Where nothing is seen, the result is zeros.
+    pub(super) fn attend<T: Copy + Into<f32>>(
+        &self,
+        (shape, arena): (&ArenaShape, &[T]),
+        slots: &[Slot],
+        q: &[f32],
+        out: &mut [f32],
+    ) {
+        let bytes = u32::try_from(size_of::<T>()).unwrap_or(0);
+        let value = |slot: &Slot, dim: usize, half| {
+            let dim = u32::try_from(dim).unwrap_or(0);
+            f64::from(arena[shape.index(Slot { dim, half, ..*slot }, bytes)].into())
+        };
+        let score = |slot: &Slot| {
+            let product =
+                q.iter().enumerate().map(|(dim, q)| f64::from(*q) * value(slot, dim, KvHalf::K));
+            let score = product.sum::<f64>() * f64::from(self.scale);
+            self.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+        };
+        let scores: Vec<f64> = slots.iter().map(score).collect();
+        let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for (dim, out) in out.iter_mut().enumerate() {
+            let total: f64 = slots
+                .iter()
+                .zip(&weights)
+                .map(|(slot, weight)| weight * value(slot, dim, KvHalf::V))
+                .sum();
+            *out = if slots.is_empty() { 0.0 } else { (total / sum) as f32 };
+        }
+    }
+
+    /// The slots of the K that a query sees which is at position `length - 1` of a sequence, of one KV head. A block that the arena
+    /// does not have is not seen.
+    pub(super) fn seen(
+        &self,
+        shape: &ArenaShape,
+        table: &[u32],
+        (length, head): (u32, u32),
+    ) -> Vec<Slot> {
+        let most = u32::try_from(table.len()).unwrap_or(u32::MAX).saturating_mul(shape.block_size);
+        let length = length.min(most);
+        let first = self.window.map_or(0, |window| length.saturating_sub(window));
+        let slot = |position: u32| Slot {
+            block: table[(position / shape.block_size) as usize],
+            layer: self.layer,
+            half: KvHalf::K,
+            head,
+            row: position % shape.block_size,
+            dim: 0,
+        };
+        (first..length).map(slot).filter(|slot| slot.block < shape.blocks).collect()
+    }
+}

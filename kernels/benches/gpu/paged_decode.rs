@@ -2,8 +2,7 @@
 
 use std::error::Error;
 
-use half::bf16;
-use kernels::cuda::{Arena, ArenaShape, DecodeInput, DecodeScratch, PagedDecode};
+use kernels::cuda::{ArenaShape, DecodeInput, DecodeScratch, PagedDecode};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -68,10 +67,8 @@ fn measure(timer: &Timer, lengths: &[u32]) -> Result<(f64, f64), Box<dyn Error>>
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
     };
-    let mut arena = Arena::<bf16>::new(kernels, shape)?;
+    let arena = timer.arena(shape)?;
     let mut random = fastrand::Rng::with_seed(3);
-    let piece: Vec<bf16> = (0..4 << 20).map(|_| bf16::from_f32(random.f32() * 2.0 - 1.0)).collect();
-    timer.fill(&piece, arena.values_mut())?;
     let mut ids: Vec<u32> = (1..=blocks).collect();
     random.shuffle(&mut ids);
     let mut ids = ids.into_iter();

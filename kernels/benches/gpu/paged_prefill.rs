@@ -2,8 +2,7 @@
 
 use std::error::Error;
 
-use half::bf16;
-use kernels::cuda::{Arena, ArenaShape, PagedPrefill, PrefillInput};
+use kernels::cuda::{ArenaShape, PagedPrefill, PrefillInput};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -50,10 +49,8 @@ fn measure(timer: &Timer, sequences: u32, tokens: u32) -> Result<f64, Box<dyn Er
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
     };
-    let mut arena = Arena::<bf16>::new(kernels, shape)?;
+    let arena = timer.arena(shape)?;
     let mut random = fastrand::Rng::with_seed(3);
-    let piece: Vec<bf16> = (0..4 << 20).map(|_| bf16::from_f32(random.f32() * 2.0 - 1.0)).collect();
-    timer.fill(&piece, arena.values_mut())?;
     let mut tables: Vec<u32> = (0..shape.blocks).collect();
     random.shuffle(&mut tables);
     let begins: Vec<u32> = (0..=sequences).map(|sequence| sequence * tokens).collect();

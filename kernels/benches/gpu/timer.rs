@@ -5,7 +5,7 @@ use std::error::Error;
 use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::bf16;
-use kernels::cuda::{Kernels, Real};
+use kernels::cuda::{Arena, ArenaShape, Kernels};
 
 const REPLAYS: usize = 15;
 /// Bytes of the copy that says how fast memory is.
@@ -70,12 +70,22 @@ impl Timer {
 
     /// Random numbers in device memory: a few MiB of them, again and again.
     pub(crate) fn numbers(&self, len: usize, seed: u64) -> Result<CudaSlice<bf16>, Box<dyn Error>> {
-        let mut random = fastrand::Rng::with_seed(seed);
-        let piece: Vec<bf16> =
-            (0..len.min(4 << 20)).map(|_| Real::from_f32(random.f32() * 2.0 - 1.0)).collect();
+        let piece = Self::piece(len.min(4 << 20), seed);
         let mut values = self.kernels.memory(len)?;
         self.fill(&piece, &mut values)?;
         Ok(values)
+    }
+
+    /// An arena full of random numbers.
+    pub(crate) fn arena(&self, shape: ArenaShape) -> Result<Arena<bf16>, Box<dyn Error>> {
+        let mut arena = Arena::new(&self.kernels, shape)?;
+        self.fill(&Self::piece(4 << 20, 3), arena.values_mut())?;
+        Ok(arena)
+    }
+
+    fn piece(len: usize, seed: u64) -> Vec<bf16> {
+        let mut random = fastrand::Rng::with_seed(seed);
+        (0..len).map(|_| bf16::from_f32(random.f32() * 2.0 - 1.0)).collect()
     }
 
     /// Repeats a piece over device memory.

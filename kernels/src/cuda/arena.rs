@@ -4,7 +4,7 @@
 //! head's block is one copy, ready to use. `kv.cuh` says the same for kernels.
 
 #[cfg(feature = "cuda")]
-use cudarc::driver::CudaSlice;
+use cudarc::driver::{CudaSlice, DevicePtr};
 
 #[cfg(feature = "cuda")]
 use super::{DeviceError, Kernels, Real};
@@ -85,6 +85,18 @@ pub struct Arena<T> {
     pub(super) values: CudaSlice<T>,
 }
 
+/// An arena as kernels take it: `KvArena` in kv.cuh, field by field.
+#[cfg(feature = "cuda")]
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ArenaArgument {
+    data: u64,
+    blocks: u32,
+    block_size: u32,
+    layers: u32,
+    kv_heads: u32,
+}
+
 #[cfg(feature = "cuda")]
 impl<T: Real> Arena<T> {
     /// Takes the memory of an arena.
@@ -103,6 +115,12 @@ impl<T: Real> Arena<T> {
     /// The shape.
     pub fn shape(&self) -> ArenaShape {
         self.shape
+    }
+
+    pub(super) fn argument(&self, kernels: &Kernels) -> ArenaArgument {
+        let ArenaShape { blocks, block_size, layers, kv_heads, .. } = self.shape;
+        let data = self.values.device_ptr(kernels.stream()).0;
+        ArenaArgument { data, blocks, block_size, layers, kv_heads }
     }
 
     /// All values, in the arena's order.

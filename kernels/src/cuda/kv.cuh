@@ -8,7 +8,7 @@
 constexpr int ATOM_ROWS = 8;
 
 struct KvArena {
-    const uint8_t* data;
+    uint8_t* data;
     uint32_t blocks;
     uint32_t block_size;
     uint32_t layers;

@@ -9,6 +9,7 @@
 // matrix instruction; outputs as V^T P^T. The softmax goes along (Milakov and Gimelshein, arXiv 1805.02867); its maximum is
 // moved only when a score is more than 2^8 above it.
 #include "kv.cuh"
+#include "sequences.cuh"
 
 constexpr int TILE = 16;
 // Query heads of one matrix instruction.
@@ -50,28 +51,9 @@ struct Sequences {
 // Reads the lengths. All threads of the block take part.
 __device__ void look(const Decode& decode, Sequences all, uint32_t* scratch) {
     uint32_t most = decode.table_width * decode.arena.block_size;
-    uint32_t per_thread = (decode.sequences + blockDim.x - 1) / blockDim.x;
-    uint32_t from = min(threadIdx.x * per_thread, decode.sequences), to = min(from + per_thread, decode.sequences);
-    uint32_t own = 0;
-    for (uint32_t s = from; s < to; s++) {
-        all.lengths[s] = min(decode.lengths[s], most);
-        own += Sequences::tiles(decode.window, all.lengths[s]);
-    }
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, sum = own;
-    for (int step = 1; step < WARP; step *= 2) {
-        uint32_t other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-    }
-    if (lane == WARP - 1) scratch[warp] = sum;
+    for (uint32_t s = threadIdx.x; s < decode.sequences; s += blockDim.x) all.lengths[s] = min(decode.lengths[s], most);
     __syncthreads();
-    for (uint32_t w = 0; w < warp; w++) sum += scratch[w];
-    uint32_t running = sum - own;
-    for (uint32_t s = from; s < to; s++) {
-        all.before[s] = running;
-        running += Sequences::tiles(decode.window, all.lengths[s]);
-    }
-    if (threadIdx.x == blockDim.x - 1) all.before[decode.sequences] = sum;
-    __syncthreads();
+    sum_before(decode.sequences, all.before, scratch, [&](uint32_t s) { return Sequences::tiles(decode.window, all.lengths[s]); });
 }
 
 // A place on the line.
@@ -90,14 +72,9 @@ struct Place {
     }
     __device__ __forceinline__ uint32_t position() const { return (first / TILE + tile) * TILE; }
     __device__ __forceinline__ void enter(const Decode& decode, Sequences all, uint32_t item) {
-        uint32_t low = 0, high = decode.sequences;
-        while (high - low > 1) {
-            uint32_t middle = (low + high) / 2;
-            (all.before[middle] * decode.arena.kv_heads <= item ? low : high) = middle;
-        }
-        sequence = low;
+        sequence = sequence_of(all.before, decode.sequences, item / decode.arena.kv_heads);
         look(decode, all);
-        uint32_t offset = item - all.before[low] * decode.arena.kv_heads;
+        uint32_t offset = item - all.before[sequence] * decode.arena.kv_heads;
         head = offset / tiles;
         tile = offset % tiles;
     }

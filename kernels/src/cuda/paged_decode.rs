@@ -58,8 +58,9 @@ mod launch {
 
     use super::PagedDecode;
     use crate::cpu::KernelError;
+    use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{at_least, below, launched, len, same};
+    use crate::cuda::launch::{at_least, below, launched, len, same, score_scale};
     use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, LaunchError, Real};
 
     /// As in the kernel.
@@ -146,11 +147,7 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Decode {
-        arena: u64,
-        blocks: u32,
-        block_size: u32,
-        layers: u32,
-        kv_heads: u32,
+        arena: ArenaArgument,
         tables: u64,
         lengths: u64,
         sequences: u32,
@@ -256,13 +253,8 @@ mod launch {
             scratch: &mut DecodeScratch,
         ) -> Decode {
             let stream = self.stream();
-            let log2_e = if shape.soft_cap.is_some() { 1.0 } else { std::f32::consts::LOG2_E };
             Decode {
-                arena: arena.values.device_ptr(stream).0,
-                blocks: arena.shape.blocks,
-                block_size: arena.shape.block_size,
-                layers: arena.shape.layers,
-                kv_heads: arena.shape.kv_heads,
+                arena: arena.argument(self),
                 tables: input.tables.device_ptr(stream).0,
                 lengths: input.lengths.device_ptr(stream).0,
                 sequences: shape.sequences,
@@ -270,7 +262,7 @@ mod launch {
                 layer: shape.layer,
                 group: shape.group(&arena.shape),
                 window: shape.window.unwrap_or(0),
-                scale: shape.scale * log2_e,
+                scale: score_scale(shape.scale, shape.soft_cap),
                 soft_cap: shape.soft_cap.unwrap_or(0.0),
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 arrived: scratch.arrived.device_ptr_mut(stream).0,

@@ -1,6 +1,7 @@
 // What both kernels of paged prefill attention share: who computes which rows, and what a row sees.
 #pragma once
 #include "kv.cuh"
+#include "sequences.cuh"
 
 struct Prefill {
     KvArena arena;
@@ -43,36 +44,14 @@ struct Unit {
 
 // Counts the tiles of the sequences before each, in shared memory: [sequences + 1]. All threads take part.
 template <int ROWS> __device__ void count_tiles(const Prefill& prefill, uint32_t* before, uint32_t* scratch) {
-    uint32_t per_thread = (prefill.sequences + blockDim.x - 1) / blockDim.x;
-    uint32_t from = min(threadIdx.x * per_thread, prefill.sequences), to = min(from + per_thread, prefill.sequences);
     auto tiles = [&](uint32_t s) { return (Rows(prefill, s).count * prefill.group + ROWS - 1) / ROWS; };
-    uint32_t own = 0;
-    for (uint32_t s = from; s < to; s++) own += tiles(s);
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, sum = own;
-    for (int step = 1; step < WARP; step *= 2) {
-        uint32_t other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-    }
-    if (lane == WARP - 1) scratch[warp] = sum;
-    __syncthreads();
-    for (uint32_t w = 0; w < warp; w++) sum += scratch[w];
-    uint32_t running = sum - own;
-    for (uint32_t s = from; s < to; s++) {
-        before[s] = running;
-        running += tiles(s);
-    }
-    if (threadIdx.x == blockDim.x - 1) before[prefill.sequences] = sum;
-    __syncthreads();
+    sum_before(prefill.sequences, before, scratch, tiles);
 }
 
 // The `index`th unit: of each sequence the tiles that see most first, so that short ones fill the gaps at the end.
 template <int ROWS> __device__ __forceinline__ Unit unit_of(const Prefill& prefill, const uint32_t* before, uint32_t index) {
-    uint32_t tile = index / prefill.arena.kv_heads, low = 0, high = prefill.sequences;
-    while (high - low > 1) {
-        uint32_t middle = (low + high) / 2;
-        (before[middle] <= tile ? low : high) = middle;
-    }
-    return {low, index % prefill.arena.kv_heads, (before[low + 1] - 1 - tile) * ROWS};
+    uint32_t tile = index / prefill.arena.kv_heads, sequence = sequence_of(before, prefill.sequences, tile);
+    return {sequence, index % prefill.arena.kv_heads, (before[sequence + 1] - 1 - tile) * ROWS};
 }
 
 // What a row sees: [from, to).

@@ -84,8 +84,9 @@ mod launch {
 
     use super::PagedPrefill;
     use crate::cpu::KernelError;
+    use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{below, launched, len, same};
+    use crate::cuda::launch::{below, launched, len, same, score_scale};
     use crate::cuda::{Arena, Kernels, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -133,11 +134,7 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Argument {
-        arena: u64,
-        blocks: u32,
-        block_size: u32,
-        layers: u32,
-        kv_heads: u32,
+        arena: ArenaArgument,
         tables: u64,
         begins: u64,
         starts: u64,
@@ -239,13 +236,8 @@ mod launch {
             input: &PrefillInput<'_>,
         ) -> Argument {
             let stream = self.stream();
-            let log2_e = if shape.soft_cap.is_some() { 1.0 } else { std::f32::consts::LOG2_E };
             Argument {
-                arena: arena.values.device_ptr(stream).0,
-                blocks: arena.shape.blocks,
-                block_size: arena.shape.block_size,
-                layers: arena.shape.layers,
-                kv_heads: arena.shape.kv_heads,
+                arena: arena.argument(self),
                 tables: input.tables.device_ptr(stream).0,
                 begins: input.begins.device_ptr(stream).0,
                 starts: input.starts.device_ptr(stream).0,
@@ -255,7 +247,7 @@ mod launch {
                 layer: shape.layer,
                 group: shape.heads / arena.shape.kv_heads,
                 window: shape.window.unwrap_or(0),
-                scale: shape.scale * log2_e,
+                scale: score_scale(shape.scale, shape.soft_cap),
                 soft_cap: shape.soft_cap.unwrap_or(0.0),
             }
         }

@@ -5,8 +5,7 @@
 #include "rows.cuh"
 
 struct RopeStore {
-    uint8_t* arena;
-    uint32_t blocks, block_size, layers, kv_heads;
+    KvArena arena;
     const uint32_t* positions;   // [tokens]
     const uint32_t* slots;       // [tokens], block * block size + row; one that is not there is not stored
     const float* frequencies;    // [rotary / 2], radians a position
@@ -79,15 +78,14 @@ template <typename T, int D>
 __device__ __forceinline__ void token_of(const RopeStore& rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {
     __shared__ float2 turns[D / 2];
     __shared__ float others[WARPS][D];
-    uint32_t token = blockIdx.x, warp = threadIdx.x / WARP, half = rope.rotary / 2, all = rope.heads + 2 * rope.kv_heads;
+    uint32_t token = blockIdx.x, warp = threadIdx.x / WARP, half = rope.rotary / 2, all = rope.heads + 2 * rope.arena.kv_heads;
     float position = rope.positions[token];
     for (uint32_t pair = threadIdx.x; pair < half; pair += blockDim.x)
         sincosf(position * rope.frequencies[pair], &turns[pair].y, &turns[pair].x);
     __syncthreads();
-    uint32_t slot = rope.slots[token], block = slot / rope.block_size, row = slot % rope.block_size;
-    KvArena arena = {rope.arena, rope.blocks, rope.block_size, rope.layers, rope.kv_heads};
+    uint32_t slot = rope.slots[token], block = slot / rope.arena.block_size, row = slot % rope.arena.block_size;
     for (uint32_t index = warp; index < all; index += WARPS) {
-        bool is_q = index < rope.heads, is_v = index >= rope.heads + rope.kv_heads;
+        bool is_q = index < rope.heads, is_v = index >= rope.heads + rope.arena.kv_heads;
         const T* weight = is_q ? q_weight : k_weight;
         Head<T, D> head;
         head.load(qkv + (static_cast<size_t>(token) * all + index) * D);
@@ -95,8 +93,8 @@ __device__ __forceinline__ void token_of(const RopeStore& rope, const T* qkv, co
         if (!is_v) head.turn(turns, half, others[warp]);
         if (is_q)
             reinterpret_cast<Numbers<T, Head<T, D>::N>*>(q + (static_cast<size_t>(token) * rope.heads + index) * D)[head.lane] = head.rounded();
-        else if (block < rope.blocks)
-            head.store(rope.arena + Layout<T, D>::head(arena, block, rope.layer, is_v, (index - rope.heads) % rope.kv_heads), row);
+        else if (block < rope.arena.blocks)
+            head.store(rope.arena.data + Layout<T, D>::head(rope.arena, block, rope.layer, is_v, (index - rope.heads) % rope.arena.kv_heads), row);
     }
 }
 

@@ -90,9 +90,10 @@ pub use launch::RopeInput;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, PushKernelArg};
 
     use super::{HeadNorms, RopeStore};
+    use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{THREADS, below, grid, launched, len, same};
     use crate::cuda::{Arena, ArenaShape, Kernels, LaunchError, Real};
@@ -124,11 +125,7 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Argument {
-        arena: u64,
-        blocks: u32,
-        block_size: u32,
-        layers: u32,
-        kv_heads: u32,
+        arena: ArenaArgument,
         positions: u64,
         slots: u64,
         frequencies: u64,
@@ -195,11 +192,7 @@ mod launch {
             };
             let (q_weight, k_weight) = (weight(|norms| norms.q), weight(|norms| norms.k));
             let argument = Argument {
-                arena: arena.values.device_ptr_mut(stream).0,
-                blocks: arena.shape.blocks,
-                block_size: arena.shape.block_size,
-                layers: arena.shape.layers,
-                kv_heads: arena.shape.kv_heads,
+                arena: arena.argument(self),
                 positions: input.positions.device_ptr(stream).0,
                 slots: input.slots.device_ptr(stream).0,
                 frequencies: input.frequencies.device_ptr(stream).0,

@@ -2,7 +2,8 @@
 
 use std::error::Error;
 
-use kernels::cuda::{ArenaShape, DecodeInput, DecodeScratch, PagedDecode};
+use half::bf16;
+use kernels::cuda::{ArenaShape, DecodeInput, DecodeScratch, E4m3, KvReal, PagedDecode};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -31,34 +32,51 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
     let mut rows = Vec::new();
     for (sequences, context, rival) in CASES {
         let lengths = vec![context; sequences as usize];
-        let (time, bytes) = measure(timer, &lengths)?;
-        rows.push(row(timer, format!("{sequences} x {context}"), (time, bytes), Some(rival)));
+        let (time, bytes) = measure(timer, &lengths, bf16::from_f32)?;
+        let name = format!("{sequences} x {context}");
+        let rival = (bytes / rival / 1e3, "FlashAttention 3");
+        rows.push(row(timer, name.clone(), (time, bytes), Some(rival)));
+        if context >= 4096 {
+            let half = measure(timer, &lengths, E4m3::from_f32)?;
+            rows.push(row(timer, format!("{name}, e4m3"), half, Some((time, "bf16"))));
+        }
     }
     let mut random = fastrand::Rng::with_seed(5);
     let ragged: Vec<u32> = (0..128).map(|_| (16.0 * 1024_f64.powf(random.f64())) as u32).collect();
-    rows.push(row(timer, "128 x 16 to 16k".to_owned(), measure(timer, &ragged)?, None));
+    let measured = measure(timer, &ragged, bf16::from_f32)?;
+    rows.push(row(timer, "128 x 16 to 16k".to_owned(), measured, None));
     Ok(rows)
 }
 
-fn row(timer: &Timer, shape: String, (time, bytes): (f64, f64), rival: Option<f64>) -> Row {
+fn row(
+    timer: &Timer,
+    shape: String,
+    (time, bytes): (f64, f64),
+    rival: Option<(f64, &'static str)>,
+) -> Row {
     Row {
         operation: "paged_decode",
         shape,
         time,
         floor: bytes / timer.copy_rate / 1e3,
-        rival: rival.map(|rate| (bytes / rate / 1e3, "FlashAttention 3")),
+        rival,
         figure: format!("{:.0} GB/s", bytes / time / 1e3),
     }
 }
 
 /// Microseconds of a launch and the bytes of K and V that it reads.
-fn measure(timer: &Timer, lengths: &[u32]) -> Result<(f64, f64), Box<dyn Error>> {
+fn measure<KV: KvReal<bf16>>(
+    timer: &Timer,
+    lengths: &[u32],
+    stored: fn(f32) -> KV,
+) -> Result<(f64, f64), Box<dyn Error>> {
     let kernels = &timer.kernels;
     let sequences = u32::try_from(lengths.len())?;
     let width = lengths.iter().max().ok_or("no sequences")?.div_ceil(BLOCK);
     let blocks: u32 = lengths.iter().map(|length| length.div_ceil(BLOCK)).sum();
     let bytes = lengths.iter().map(|length| *length as usize).sum::<usize>()
-        * (KV_HEADS * HEAD_DIM * 4) as usize;
+        * (KV_HEADS * HEAD_DIM * 2) as usize
+        * size_of::<KV>();
     let layers = u32::try_from(SPREAD.div_ceil(bytes))?;
     let shape = ArenaShape {
         blocks: blocks + 1,
@@ -67,7 +85,7 @@ fn measure(timer: &Timer, lengths: &[u32]) -> Result<(f64, f64), Box<dyn Error>>
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
     };
-    let arena = timer.arena(shape)?;
+    let arena = timer.arena(shape, stored)?;
     let mut random = fastrand::Rng::with_seed(3);
     let mut ids: Vec<u32> = (1..=blocks).collect();
     random.shuffle(&mut ids);

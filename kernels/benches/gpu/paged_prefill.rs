@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use half::bf16;
 use kernels::cuda::{ArenaShape, PagedPrefill, PrefillInput};
 
 use crate::table::Row;
@@ -49,7 +50,7 @@ fn measure(timer: &Timer, sequences: u32, tokens: u32) -> Result<f64, Box<dyn Er
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
     };
-    let arena = timer.arena(shape)?;
+    let arena = timer.arena(shape, bf16::from_f32)?;
     let mut random = fastrand::Rng::with_seed(3);
     let mut tables: Vec<u32> = (0..shape.blocks).collect();
     random.shuffle(&mut tables);

@@ -2,8 +2,8 @@
 
 use std::error::Error;
 
-use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
 use kernels::cuda::{Arena, ArenaShape, Kernels};
 
@@ -70,29 +70,33 @@ impl Timer {
 
     /// Random numbers in device memory: a few MiB of them, again and again.
     pub(crate) fn numbers(&self, len: usize, seed: u64) -> Result<CudaSlice<bf16>, Box<dyn Error>> {
-        let piece = Self::piece(len.min(4 << 20), seed);
+        let piece = Self::piece(len.min(4 << 20), seed, bf16::from_f32);
         let mut values = self.kernels.memory(len)?;
         self.fill(&piece, &mut values)?;
         Ok(values)
     }
 
-    /// An arena full of random numbers.
-    pub(crate) fn arena(&self, shape: ArenaShape) -> Result<Arena<bf16>, Box<dyn Error>> {
+    /// An arena full of random numbers, which `stored` makes of numbers from -1 to 1.
+    pub(crate) fn arena<KV: DeviceRepr>(
+        &self,
+        shape: ArenaShape,
+        stored: fn(f32) -> KV,
+    ) -> Result<Arena<KV>, Box<dyn Error>> {
         let mut arena = Arena::new(&self.kernels, shape)?;
-        self.fill(&Self::piece(4 << 20, 3), arena.values_mut())?;
+        self.fill(&Self::piece(4 << 20, 3, stored), arena.values_mut())?;
         Ok(arena)
     }
 
-    fn piece(len: usize, seed: u64) -> Vec<bf16> {
+    fn piece<T>(len: usize, seed: u64, made: fn(f32) -> T) -> Vec<T> {
         let mut random = fastrand::Rng::with_seed(seed);
-        (0..len).map(|_| bf16::from_f32(random.f32() * 2.0 - 1.0)).collect()
+        (0..len).map(|_| made(random.f32() * 2.0 - 1.0)).collect()
     }
 
     /// Repeats a piece over device memory.
-    pub(crate) fn fill(
+    pub(crate) fn fill<T: DeviceRepr>(
         &self,
-        piece: &[bf16],
-        values: &mut CudaSlice<bf16>,
+        piece: &[T],
+        values: &mut CudaSlice<T>,
     ) -> Result<(), Box<dyn Error>> {
         let stream = self.kernels.stream();
         let len = values.len();

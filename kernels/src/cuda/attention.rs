@@ -1,7 +1,7 @@
 //! What attention over pages means for one query, in f64: out = softmax(q K^T * scale) V. Decode and prefill differ in which
 //! queries there are.
 
-use super::{ArenaShape, KvHalf, Slot};
+use super::{ArenaShape, KvHalf, KvValues, Slot};
 
 /// How a layer attends.
 #[derive(Debug, Clone, Copy)]
@@ -16,15 +16,13 @@ impl Meaning {
     /// Attends from one query: `q`, `out`: [head_dim]. Where nothing is seen, the result is zeros.
     pub(super) fn attend<T: Copy + Into<f32>>(
         &self,
-        (shape, arena): (&ArenaShape, &[T]),
+        arena: &KvValues<'_, T>,
         slots: &[Slot],
         q: &[f32],
         out: &mut [f32],
     ) {
-        let bytes = u32::try_from(size_of::<T>()).unwrap_or(0);
         let value = |slot: &Slot, dim: usize, half| {
-            let dim = u32::try_from(dim).unwrap_or(0);
-            f64::from(arena[shape.index(Slot { dim, half, ..*slot }, bytes)].into())
+            arena.get(Slot { dim: u32::try_from(dim).unwrap_or(0), half, ..*slot })
         };
         let score = |slot: &Slot| {
             let product =

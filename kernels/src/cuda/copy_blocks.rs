@@ -20,11 +20,11 @@ pub fn copy_blocks_reference<T: Copy>(arena: &mut [T], block_len: usize, pairs: 
 mod launch {
     use std::ops::Range;
 
-    use cudarc::driver::{CudaSlice, LaunchConfig, PinnedHostSlice, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg};
 
     use crate::cuda::device::Module;
     use crate::cuda::launch::{THREADS, at_least, below, launched};
-    use crate::cuda::{Arena, Kernels, LaunchError, Real};
+    use crate::cuda::{Arena, Kernels, LaunchError};
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/copy_blocks.fatbin")),
@@ -42,7 +42,7 @@ mod launch {
         pub count: u32,
     }
 
-    impl<T: Real> Arena<T> {
+    impl<T: DeviceRepr> Arena<T> {
         /// Values of one block.
         pub fn block_len(&self) -> usize {
             self.values.len() / self.shape.blocks.max(1) as usize
@@ -60,7 +60,7 @@ mod launch {
         ///
         /// # Errors
         /// When there are fewer pairs than counted, or too many.
-        pub fn copy_blocks<T: Real>(
+        pub fn copy_blocks<T: DeviceRepr>(
             &self,
             arena: &mut Arena<T>,
             pairs: &BlockPairs<'_>,
@@ -87,7 +87,7 @@ mod launch {
         ///
         /// # Errors
         /// When the block is not there or the memory is no block's.
-        pub fn block_to_host<T: Real>(
+        pub fn block_to_host<T: DeviceRepr>(
             &self,
             arena: &Arena<T>,
             block: u32,
@@ -102,7 +102,7 @@ mod launch {
         ///
         /// # Errors
         /// When the block is not there or the memory is no block's.
-        pub fn block_from_host<T: Real>(
+        pub fn block_from_host<T: DeviceRepr>(
             &self,
             arena: &mut Arena<T>,
             block: u32,

@@ -9,7 +9,6 @@ use cudarc::driver::{
     result, sys,
 };
 use cudarc::nvrtc::Ptx;
-use half::{bf16, f16};
 
 use super::DeviceError;
 
@@ -39,28 +38,6 @@ pub(super) struct Module {
     pub(super) functions: &'static [&'static str],
     /// Bytes of shared memory that a block may ask for.
     pub(super) most_shared: u32,
-}
-
-/// Numbers that arrays of activations, weights, K and V are of.
-pub trait Real: DeviceRepr + Copy + Into<f32> + 'static {
-    /// In the names of kernels.
-    const NAME: &str;
-    /// The nearest.
-    fn from_f32(value: f32) -> Self;
-}
-
-impl Real for bf16 {
-    const NAME: &str = "bf16";
-    fn from_f32(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-}
-
-impl Real for f16 {
-    const NAME: &str = "f16";
-    fn from_f32(value: f32) -> Self {
-        Self::from_f32(value)
-    }
 }
 
 /// A device, the one stream that everything is queued on, and every kernel.

@@ -7,6 +7,7 @@
 mod arena;
 mod attention;
 mod copy_blocks;
+mod e4m3;
 mod gate;
 mod gather;
 mod linear;
@@ -27,9 +28,12 @@ mod few_row;
 mod gemm;
 #[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
+mod real;
 
-pub use arena::{ArenaShape, KvHalf, Slot};
+pub use arena::{ArenaShape, KvHalf, KvValues, Slot};
 pub use copy_blocks::copy_blocks_reference;
+pub use e4m3::E4m3;
 pub use gate::{Gate, GateActivation};
 pub use gather::Gather;
 pub use linear::{Linear, Onto};
@@ -45,7 +49,7 @@ pub use arena::Arena;
 #[cfg(feature = "cuda")]
 pub use copy_blocks::BlockPairs;
 #[cfg(feature = "cuda")]
-pub use device::{Kernels, Real};
+pub use device::Kernels;
 #[cfg(feature = "cuda")]
 pub use error::{DeviceError, LaunchError};
 #[cfg(feature = "cuda")]
@@ -58,6 +62,8 @@ pub use linear::Products;
 pub use paged_decode::{DecodeInput, DecodeScratch};
 #[cfg(feature = "cuda")]
 pub use paged_prefill::PrefillInput;
+#[cfg(feature = "cuda")]
+pub use real::{KvReal, Real};
 #[cfg(feature = "cuda")]
 pub use rope_store::RopeInput;
 #[cfg(feature = "cuda")]

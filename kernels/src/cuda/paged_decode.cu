@@ -8,7 +8,7 @@
 // Scores are computed as K Q^T, 16 positions by 8 query heads, so that the heads that share a KV head fill the small side of the
 // matrix instruction; outputs as V^T P^T. The softmax goes along (Milakov and Gimelshein, arXiv 1805.02867); its maximum is
 // moved only when a score is more than 2^8 above it.
-#include "kv.cuh"
+#include "fragments.cuh"
 #include "sequences.cuh"
 
 constexpr int TILE = 16;
@@ -126,8 +126,8 @@ template <int D, int N> struct alignas(16) Part {
 
 constexpr uint32_t NOTHING = ~0u;
 
-template <typename T, int D, int N, int STAGES> struct Shared {
-    static constexpr int HALF = TILE / ATOM_ROWS * Layout<T, D>::GROUP;  // K or V of a tile
+template <typename KV, int D, int N, int STAGES> struct Shared {
+    static constexpr int HALF = TILE / ATOM_ROWS * Layout<KV, D>::GROUP;  // K or V of a tile
     alignas(1024) uint8_t tiles[WARPS][STAGES][2][HALF];
     Part<D, N> parts[2 * WARPS];
     // Whose the parts are: sequence * kv heads + head.
@@ -139,10 +139,12 @@ template <typename T, int D, int N, int STAGES> struct Shared {
 };
 
 // One warp's tiles, from memory to its part of the result.
-template <typename T, int D, int N, int STAGES> struct Worker {
-    using L = Layout<T, D>;
-    using S = Shared<T, D, N, STAGES>;
+template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
+    using L = Layout<KV, D>;
+    using F = Fragments<T, KV, D>;
+    using S = Shared<KV, D, N, STAGES>;
     static constexpr int STEPS = D / 16;
+    static_assert(STAGES <= 16, "two bits a stage");
 
     const Decode& decode;
     S& shared;
@@ -151,6 +153,7 @@ template <typename T, int D, int N, int STAGES> struct Worker {
     Blocks blocks;
     // Two bits a stage: rows 0 to 7 or 8 to 15 are of no block.
     uint32_t absent = 0;
+    float k_scale, v_scale;
     uint32_t q[N][STEPS][2];
     float out[N][STEPS][4];
     float most[N][2];
@@ -222,6 +225,8 @@ template <typename T, int D, int N, int STAGES> struct Worker {
     __device__ __forceinline__ void begin(const T* queries, const Place& place) {
         uint32_t heads = decode.arena.kv_heads * decode.group;
         const T* rows = queries + (static_cast<size_t>(place.sequence) * heads + place.head * decode.group) * D;
+        k_scale = decode.scale * L::scale(decode.arena, decode.layer, 0, place.head);
+        v_scale = L::scale(decode.arena, decode.layer, 1, place.head);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             uint32_t head = n * HEADS + lane / 4;
@@ -229,8 +234,8 @@ template <typename T, int D, int N, int STAGES> struct Worker {
             for (int step = 0; step < STEPS; step++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const T* pair = rows + head * D + step * 16 + half * 8 + lane % 4 * 2;
-                    q[n][step][half] = head < decode.group ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+                    const T* pair = rows + head * D + F::k_dim(step, half, lane);
+                    q[n][step][half] = head < decode.group ? F::query(*reinterpret_cast<const uint32_t*>(pair)) : 0;
                 }
 #pragma unroll
             for (int step = 0; step < STEPS; step++)
@@ -246,14 +251,16 @@ template <typename T, int D, int N, int STAGES> struct Worker {
 
     // Scores of the tile: rows are positions `lane / 4` and 8 more, columns heads `lane % 4 * 2` and one more.
     __device__ __forceinline__ void score(uint32_t stage, float (&s)[N][4]) {
-        uint32_t k = stage_address(stage, 0), row = lane % 16;
+        uint32_t k = stage_address(stage, 0);
         float chains[2][N][4] = {};
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            uint32_t a[4];
-            load_matrices(a, k + L::chunk(row, step * 2 + lane / 16));
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4];
+            F::keys(a, k, 0, pair, lane);
 #pragma unroll
-            for (int n = 0; n < N; n++) multiply<T>(chains[step % 2][n], a, q[n][step][0], q[n][step][1]);
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) multiply<typename F::Number>(chains[i][n], a[i], q[n][2 * pair + i][0], q[n][2 * pair + i][1]);
         }
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -262,7 +269,7 @@ template <typename T, int D, int N, int STAGES> struct Worker {
     }
 
     __device__ __forceinline__ float scaled(float s) {
-        s *= decode.scale;
+        s *= k_scale;
         return decode.soft_cap == 0 ? s : decode.soft_cap * LOG2_E * tanhf(s / decode.soft_cap);
     }
 
@@ -330,16 +337,18 @@ template <typename T, int D, int N, int STAGES> struct Worker {
         uint32_t weights[N][2];
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            weights[n][0] = transposed(pack<T>(s[n][0], s[n][1]));
-            weights[n][1] = transposed(pack<T>(s[n][2], s[n][3]));
+            weights[n][0] = transposed(pack<typename F::Number>(s[n][0], s[n][1]));
+            weights[n][1] = transposed(pack<typename F::Number>(s[n][2], s[n][3]));
         }
-        uint32_t v = stage_address(stage, 1), row = lane % 8 + lane / 16 * 8;
+        uint32_t v = stage_address(stage, 1);
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            uint32_t a[4];
-            load_matrices_transposed(a, v + L::chunk(row, step * 2 + lane / 8 % 2));
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            uint32_t a[2][4];
+            F::values(a, v, 0, pair, lane);
 #pragma unroll
-            for (int n = 0; n < N; n++) multiply<T>(out[n][step], a, weights[n][0], weights[n][1]);
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) multiply<typename F::Number>(out[n][2 * pair + i], a[i], weights[n][0], weights[n][1]);
         }
     }
 
@@ -354,7 +363,7 @@ template <typename T, int D, int N, int STAGES> struct Worker {
     }
 
     // For each value of this lane: head, dimension, value, maximum and sum of its head.
-    template <typename F> __device__ __forceinline__ void each(F f) {
+    template <typename G> __device__ __forceinline__ void each(G f) {
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
@@ -362,7 +371,7 @@ template <typename T, int D, int N, int STAGES> struct Worker {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     uint32_t head = n * HEADS + lane % 4 * 2 + i % 2;
-                    f(head, step * 16 + lane / 4 + i / 2 * 8, out[n][step][i], most[n][i % 2], sum[n][i % 2]);
+                    f(head, F::v_dim(step, i / 2, lane / 4), out[n][step][i] * v_scale, most[n][i % 2], sum[n][i % 2]);
                 }
     }
 
@@ -472,8 +481,8 @@ template <typename T> __device__ __forceinline__ void store_four(T* to, float4 v
 
 // The parts of a block's warps, one (sequence, KV head) after the other; what reaches beyond the block goes to memory, and who
 // comes last puts it together.
-template <typename T, int D, int N, int STAGES>
-__device__ void finish(const Decode& decode, Shared<T, D, N, STAGES>& shared, Sequences all, T* results, uint32_t items, uint32_t pieces) {
+template <typename T, typename KV, int D, int N, int STAGES>
+__device__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, Sequences all, T* results, uint32_t items, uint32_t pieces) {
     using P = Part<D, N>;
     uint32_t kv_heads = decode.arena.kv_heads, piece = blockIdx.x;
     uint32_t begin = piece_begin(items, piece, pieces), end = piece_begin(items, piece + 1, pieces);
@@ -533,10 +542,10 @@ __device__ void finish(const Decode& decode, Shared<T, D, N, STAGES>& shared, Se
     }
 }
 
-template <typename T, int D, int N, int STAGES>
+template <typename T, typename KV, int D, int N, int STAGES>
 __device__ __forceinline__ void decode_attention(const Decode& decode, const T* queries, T* results) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    auto& shared = *reinterpret_cast<Shared<T, D, N, STAGES>*>(memory);
+    auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
     Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1};
     uint32_t warp = threadIdx.x / WARP, row = decode.arena.kv_heads * decode.group * D;
 #if BULK_COPIES
@@ -553,27 +562,30 @@ __device__ __forceinline__ void decode_attention(const Decode& decode, const T* 
     uint32_t pieces = min(gridDim.x, (items + WARPS - 1) / WARPS);
     if (blockIdx.x >= pieces) return;
     uint32_t begin = piece_begin(items, blockIdx.x, pieces), end = piece_begin(items, blockIdx.x + 1, pieces);
-    Worker<T, D, N, STAGES> worker(decode, shared, all);
+    Worker<T, KV, D, N, STAGES> worker(decode, shared, all);
     worker.run(queries, results, begin + piece_begin(end - begin, warp, WARPS), begin + piece_begin(end - begin, warp + 1, WARPS));
     __syncthreads();
-    finish<T, D, N, STAGES>(decode, shared, all, results, items, pieces);
+    finish<T>(decode, shared, all, results, items, pieces);
 }
 
-#define DECODE(name, T, D, N, STAGES)                                                                       \
+#define DECODE(name, T, KV, D, N, STAGES)                                                                   \
     extern "C" __global__ void __launch_bounds__(WARPS * WARP)                                              \
         decode_##name(const __grid_constant__ Decode decode, const T* queries, T* results) {                \
-        decode_attention<T, D, N, STAGES>(decode, queries, results);                                        \
+        decode_attention<T, KV, D, N, STAGES>(decode, queries, results);                                    \
     }
 
-#define DECODE_DTYPE(name, T)             \
-    DECODE(name##_64_8, T, 64, 1, 4)      \
-    DECODE(name##_64_16, T, 64, 2, 4)     \
-    DECODE(name##_96_8, T, 96, 1, 2)      \
-    DECODE(name##_96_16, T, 96, 2, 2)     \
-    DECODE(name##_128_8, T, 128, 1, 2)    \
-    DECODE(name##_128_16, T, 128, 2, 2)   \
-    DECODE(name##_256_8, T, 256, 1, 1)    \
-    DECODE(name##_256_16, T, 256, 2, 1)
+// Stages of the largest head; those of 8 bits have as many bytes on their way.
+#define DECODE_DTYPE(name, T, KV, STAGES)             \
+    DECODE(name##_64_8, T, KV, 64, 1, 4 * STAGES)     \
+    DECODE(name##_64_16, T, KV, 64, 2, 4 * STAGES)    \
+    DECODE(name##_96_8, T, KV, 96, 1, 2 * STAGES)     \
+    DECODE(name##_96_16, T, KV, 96, 2, 2 * STAGES)    \
+    DECODE(name##_128_8, T, KV, 128, 1, 2 * STAGES)   \
+    DECODE(name##_128_16, T, KV, 128, 2, 2 * STAGES)  \
+    DECODE(name##_256_8, T, KV, 256, 1, STAGES)       \
+    DECODE(name##_256_16, T, KV, 256, 2, STAGES)
 
-DECODE_DTYPE(bf16, __nv_bfloat16)
-DECODE_DTYPE(f16, __half)
+DECODE_DTYPE(bf16, __nv_bfloat16, __nv_bfloat16, 1)
+DECODE_DTYPE(bf16_e4m3, __nv_bfloat16, E4m3, 2)
+DECODE_DTYPE(f16, __half, __half, 1)
+DECODE_DTYPE(f16_e4m3, __half, E4m3, 2)

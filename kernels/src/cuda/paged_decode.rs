@@ -1,6 +1,6 @@
 //! Paged decode attention: one query token a sequence against all its positions, out = softmax(q K^T * scale) V.
 
-use super::ArenaShape;
+use super::KvValues;
 use super::attention::Meaning;
 
 /// How a layer attends with one token a sequence.
@@ -26,13 +26,14 @@ impl PagedDecode {
     /// not seen; a sequence that sees nothing gets zeros.
     pub fn reference<T: Copy + Into<f32>>(
         &self,
-        (shape, arena): (&ArenaShape, &[T]),
+        arena: &KvValues<'_, T>,
         (tables, lengths): (&[u32], &[u32]),
         q: &[f32],
         out: &mut [f32],
     ) {
         let Self { layer, scale, window, soft_cap, .. } = *self;
         let meaning = Meaning { layer, scale, window, soft_cap };
+        let shape = &arena.shape;
         let (dims, group) = (shape.head_dim as usize, self.heads / shape.kv_heads);
         for (row, (q, out)) in q.chunks(dims).zip(out.chunks_mut(dims)).enumerate() {
             let sequence = row / self.heads as usize;
@@ -40,7 +41,7 @@ impl PagedDecode {
             let table =
                 &tables[sequence * self.table_width as usize..][..self.table_width as usize];
             let slots = meaning.seen(shape, table, (lengths[sequence], head));
-            meaning.attend((shape, arena), &slots, q, out);
+            meaning.attend(arena, &slots, q, out);
         }
     }
 }
@@ -61,7 +62,7 @@ mod launch {
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, launched, len, same, score_scale};
-    use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, LaunchError, Real};
+    use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, KvReal, LaunchError, Real};
 
     /// As in the kernel.
     const TILE: u32 = 16;
@@ -77,7 +78,7 @@ mod launch {
         most_shared: 227 << 10,
     };
 
-    const NAMES: [&str; 16] = [
+    const NAMES: [&str; 32] = [
         "decode_bf16_64_8",
         "decode_bf16_64_16",
         "decode_bf16_96_8",
@@ -86,6 +87,14 @@ mod launch {
         "decode_bf16_128_16",
         "decode_bf16_256_8",
         "decode_bf16_256_16",
+        "decode_bf16_e4m3_64_8",
+        "decode_bf16_e4m3_64_16",
+        "decode_bf16_e4m3_96_8",
+        "decode_bf16_e4m3_96_16",
+        "decode_bf16_e4m3_128_8",
+        "decode_bf16_e4m3_128_16",
+        "decode_bf16_e4m3_256_8",
+        "decode_bf16_e4m3_256_16",
         "decode_f16_64_8",
         "decode_f16_64_16",
         "decode_f16_96_8",
@@ -94,13 +103,22 @@ mod launch {
         "decode_f16_128_16",
         "decode_f16_256_8",
         "decode_f16_256_16",
+        "decode_f16_e4m3_64_8",
+        "decode_f16_e4m3_64_16",
+        "decode_f16_e4m3_96_8",
+        "decode_f16_e4m3_96_16",
+        "decode_f16_e4m3_128_8",
+        "decode_f16_e4m3_128_16",
+        "decode_f16_e4m3_256_8",
+        "decode_f16_e4m3_256_16",
     ];
 
-    /// Stages of a warp, as the kernel of a head dimension has them.
-    fn stages(head_dim: u32) -> u32 {
-        match head_dim {
-            64 => 4,
-            96 | 128 => 2,
+    /// Stages of a warp, as the kernel of such rows of K and V has them.
+    fn stages(row_bytes: u32) -> u32 {
+        match row_bytes {
+            ..128 => 8,
+            128 => 4,
+            129..=256 => 2,
             _ => 1,
         }
     }
@@ -203,10 +221,10 @@ mod launch {
         ///
         /// # Errors
         /// When lengths do not fit, or no kernel was built for the head dimension or block size.
-        pub fn paged_decode<T: Real>(
+        pub fn paged_decode<T: Real, KV: KvReal<T>>(
             &self,
             shape: &PagedDecode,
-            arena: &Arena<T>,
+            arena: &Arena<KV>,
             input: &DecodeInput<'_>,
             (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
             scratch: &mut DecodeScratch,
@@ -217,7 +235,7 @@ mod launch {
             }
             let dims = arena.shape.head_dim;
             let heads = shape.group(&arena.shape).next_multiple_of(HEADS);
-            let name = format!("decode_{}_{dims}_{heads}", T::NAME);
+            let name = format!("decode_{}{}_{dims}_{heads}", T::NAME, KV::SUFFIX);
             let unsupported = || {
                 LaunchError::Unsupported(format!("{name}, blocks of {}", arena.shape.block_size))
             };
@@ -227,8 +245,8 @@ mod launch {
             let stream = self.stream();
             let (q, _q) = q.device_ptr(stream);
             let (out, _out) = out.device_ptr_mut(stream);
-            let tile = TILE * dims * u32::try_from(size_of::<T>()).unwrap_or(2);
-            let tiles = WARPS * stages(dims) * 2 * tile;
+            let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
+            let tiles = WARPS * stages(row) * 2 * TILE * row;
             let parts = 2 * WARPS * heads * (dims + 2) * 4;
             let rest = 1024 + shape.sequences * 8;
             let shared_mem_bytes = tiles + parts + rest;
@@ -245,10 +263,10 @@ mod launch {
             launched("paged_decode", unsafe { launch.launch(config) })
         }
 
-        fn argument<T: Real>(
+        fn argument<KV: DeviceRepr>(
             &self,
             shape: &PagedDecode,
-            arena: &Arena<T>,
+            arena: &Arena<KV>,
             input: &DecodeInput<'_>,
             scratch: &mut DecodeScratch,
         ) -> Decode {

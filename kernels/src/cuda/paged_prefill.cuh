@@ -67,7 +67,6 @@ struct Sight {
     }
 };
 
-__device__ __forceinline__ float capped(const Prefill& prefill, float score) {
-    float scaled = score * prefill.scale;
+__device__ __forceinline__ float capped(const Prefill& prefill, float scaled) {
     return prefill.soft_cap == 0 ? scaled : prefill.soft_cap * LOG2_E * tanhf(scaled / prefill.soft_cap);
 }

@@ -1,7 +1,7 @@
 //! Paged prefill attention: chunks of several sequences, each token against all its positions up to its own, which are in the
 //! arena, those of the chunk included: out = softmax(q K^T * scale) V.
 
-use super::ArenaShape;
+use super::KvValues;
 use super::attention::Meaning;
 
 /// How a layer attends with chunks.
@@ -39,11 +39,12 @@ impl PagedPrefill {
     /// that sees nothing gets zeros.
     pub fn reference<T: Copy + Into<f32>>(
         &self,
-        (shape, arena): (&ArenaShape, &[T]),
+        arena: &KvValues<'_, T>,
         chunks: &Chunks<'_>,
         q: &[f32],
         out: &mut [f32],
     ) {
+        let shape = &arena.shape;
         let (dims, heads) = (shape.head_dim as usize, self.heads as usize);
         for sequence in 0..self.sequences as usize {
             let table =
@@ -56,12 +57,8 @@ impl PagedPrefill {
                     let at = (row as usize * heads + head) * dims;
                     let kv_head = u32::try_from(head).unwrap_or(0) / (self.heads / shape.kv_heads);
                     let slots = self.meaning().seen(shape, table, (length, kv_head));
-                    self.meaning().attend(
-                        (shape, arena),
-                        &slots,
-                        &q[at..at + dims],
-                        &mut out[at..at + dims],
-                    );
+                    let (q, out) = (&q[at..at + dims], &mut out[at..at + dims]);
+                    self.meaning().attend(arena, &slots, q, out);
                 }
             }
         }
@@ -87,7 +84,7 @@ mod launch {
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{below, launched, len, same, score_scale};
-    use crate::cuda::{Arena, Kernels, LaunchError, Real};
+    use crate::cuda::{Arena, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_prefill.fatbin")),
@@ -96,10 +93,18 @@ mod launch {
             "prefill_bf16_96",
             "prefill_bf16_128",
             "prefill_bf16_256",
+            "prefill_bf16_e4m3_64",
+            "prefill_bf16_e4m3_96",
+            "prefill_bf16_e4m3_128",
+            "prefill_bf16_e4m3_256",
             "prefill_f16_64",
             "prefill_f16_96",
             "prefill_f16_128",
             "prefill_f16_256",
+            "prefill_f16_e4m3_64",
+            "prefill_f16_e4m3_96",
+            "prefill_f16_e4m3_128",
+            "prefill_f16_e4m3_256",
         ],
         most_shared: 99 << 10,
     };
@@ -186,10 +191,10 @@ mod launch {
         ///
         /// # Errors
         /// When lengths do not fit, or no kernel was built for the head dimension or block size.
-        pub fn paged_prefill<T: Real>(
+        pub fn paged_prefill<T: Real, KV: KvReal<T>>(
             &self,
             shape: &PagedPrefill,
-            arena: &Arena<T>,
+            arena: &Arena<KV>,
             input: &PrefillInput<'_>,
             (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
         ) -> Result<(), LaunchError> {
@@ -201,19 +206,20 @@ mod launch {
             if !matches!(size, 8 | 16 | 32 | 64) {
                 return Err(LaunchError::Unsupported(format!("prefill on blocks of {size}")));
             }
-            let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
+            let bytes = u32::try_from(size_of::<KV>()).unwrap_or(2);
+            let is_hopper = self.is_hopper() && matches!(dims, 64 | 128) && bytes == 2;
             let (prefix, row) = match (is_hopper, shape.soft_cap) {
                 (false, _) => ("prefill", 0),
                 (true, None) => ("prefill_90", dims * 2),
                 (true, Some(_)) => ("prefill_90_capped", dims * 2),
             };
-            let function = self.kernel(&format!("{prefix}_{}_{dims}", T::NAME))?;
+            let function = self.kernel(&format!("{prefix}_{}{}_{dims}", T::NAME, KV::SUFFIX))?;
             // Hopper: q twice, and two stages of 128 positions; else two stages of 64, of 32 where heads are large.
             let positions = if dims > 128 { 32 } else { 64 };
             let tiles = if is_hopper {
                 (2 * 128 + 2 * 2 * 128) * row
             } else {
-                2 * 2 * positions * dims * 2
+                2 * 2 * positions * dims * bytes
             };
             let config = LaunchConfig {
                 grid_dim: (self.multiprocessors() * if is_hopper { 1 } else { 2 }, 1, 1),
@@ -229,10 +235,10 @@ mod launch {
             launched("paged_prefill", unsafe { launch.launch(config) })
         }
 
-        fn prefill_argument<T: Real>(
+        fn prefill_argument<KV: DeviceRepr>(
             &self,
             shape: &PagedPrefill,
-            arena: &Arena<T>,
+            arena: &Arena<KV>,
             input: &PrefillInput<'_>,
         ) -> Argument {
             let stream = self.stream();

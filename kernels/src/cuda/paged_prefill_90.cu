@@ -214,7 +214,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
     __device__ __forceinline__ void weigh(const Rows& rows, int32_t tile, uint32_t absent, float (&s)[SCORES], float (&factors)[2]) {
         if (CAPPED)
 #pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill, s[i]);
+            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill, s[i] * prefill.scale);
         float scale = CAPPED ? 1 : prefill.scale;
         mask(rows, tile, absent, s);
 #pragma unroll

@@ -1,7 +1,7 @@
 // Rotary position embedding of Q and K (Su et al., arXiv 2104.09864, halves as in Llama), after a norm of each head where there
 // is one, and the store of K and V into their slots. A block has a token: its angles are computed once for all heads, of which
 // each warp takes one after the other.
-#include "kv.cuh"
+#include "fragments.cuh"
 #include "rows.cuh"
 
 struct RopeStore {
@@ -30,10 +30,10 @@ template <typename T, int D> struct Head {
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = to_float(numbers.values[i]);
     }
-    __device__ __forceinline__ Numbers<T, N> rounded() const {
-        Numbers<T, N> numbers;
+    template <typename TO> __device__ __forceinline__ Numbers<TO, N> rounded(float factor) const {
+        Numbers<TO, N> numbers;
 #pragma unroll
-        for (int i = 0; i < N; i++) numbers.values[i] = from_float<T>(x[i]);
+        for (int i = 0; i < N; i++) numbers.values[i] = from_float<TO>(x[i] * factor);
         return numbers;
     }
     __device__ __forceinline__ void norm(const T* weight, float epsilon) {
@@ -60,21 +60,21 @@ template <typename T, int D> struct Head {
             x[i] = dim < half ? x[i] * turn.x - own[dim + half] * turn.y : x[i] * turn.x + own[dim - half] * turn.y;
         }
     }
-    __device__ __forceinline__ void store(uint8_t* to, uint32_t row) const {
-        using L = Layout<T, D>;
-        Numbers<T, N> numbers = rounded();
-        uint32_t byte = first * sizeof(T);
-        if constexpr (N * sizeof(T) == alignof(Numbers<T, N>)) {
-            *reinterpret_cast<Numbers<T, N>*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers;
+    template <typename KV> __device__ __forceinline__ void store(uint8_t* to, uint32_t row, float scale) const {
+        using L = Layout<KV, D>;
+        Numbers<KV, N> numbers = rounded<KV>(1 / scale);
+        uint32_t byte = first * sizeof(KV);
+        if constexpr (N * sizeof(KV) == alignof(Numbers<KV, N>)) {
+            *reinterpret_cast<Numbers<KV, N>*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers;
         } else {
 #pragma unroll
-            for (int i = 0; i < N; i++, byte += sizeof(T))
-                *reinterpret_cast<T*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers.values[i];
+            for (int i = 0; i < N; i++, byte += sizeof(KV))
+                *reinterpret_cast<KV*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers.values[i];
         }
     }
 };
 
-template <typename T, int D>
+template <typename T, typename KV, int D>
 __device__ __forceinline__ void token_of(const RopeStore& rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {
     __shared__ float2 turns[D / 2];
     __shared__ float others[WARPS][D];
@@ -91,19 +91,25 @@ __device__ __forceinline__ void token_of(const RopeStore& rope, const T* qkv, co
         head.load(qkv + (static_cast<size_t>(token) * all + index) * D);
         if (!is_v && weight != nullptr) head.norm(weight, rope.epsilon);
         if (!is_v) head.turn(turns, half, others[warp]);
-        if (is_q)
-            reinterpret_cast<Numbers<T, Head<T, D>::N>*>(q + (static_cast<size_t>(token) * rope.heads + index) * D)[head.lane] = head.rounded();
-        else if (block < rope.arena.blocks)
-            head.store(rope.arena.data + Layout<T, D>::head(rope.arena, block, rope.layer, is_v, (index - rope.heads) % rope.arena.kv_heads), row);
+        if (is_q) {
+            Numbers<T, Head<T, D>::N>* row_of_q = reinterpret_cast<Numbers<T, Head<T, D>::N>*>(q + (static_cast<size_t>(token) * rope.heads + index) * D);
+            row_of_q[head.lane] = head.template rounded<T>(1);
+        } else if (block < rope.arena.blocks) {
+            uint32_t kv_head = (index - rope.heads) % rope.arena.kv_heads;
+            float scale = Layout<KV, D>::scale(rope.arena, rope.layer, is_v, kv_head);
+            head.template store<KV>(rope.arena.data + Layout<KV, D>::head(rope.arena, block, rope.layer, is_v, kv_head), row, scale);
+        }
     }
 }
 
-#define ROPE(name, T, D)                                                                                             \
+#define ROPE(name, T, KV, D)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256) rope_store_##name##_##D(                                       \
         const __grid_constant__ RopeStore rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {          \
-        token_of<T, D>(rope, qkv, q_weight, k_weight, q);                                                             \
+        token_of<T, KV, D>(rope, qkv, q_weight, k_weight, q);                                                         \
     }
-#define ROPES(name, T) ROPE(name, T, 64) ROPE(name, T, 96) ROPE(name, T, 128) ROPE(name, T, 256)
+#define ROPES(name, T, KV) ROPE(name, T, KV, 64) ROPE(name, T, KV, 96) ROPE(name, T, KV, 128) ROPE(name, T, KV, 256)
 
-ROPES(bf16, __nv_bfloat16)
-ROPES(f16, __half)
+ROPES(bf16, __nv_bfloat16, __nv_bfloat16)
+ROPES(bf16_e4m3, __nv_bfloat16, E4m3)
+ROPES(f16, __half, __half)
+ROPES(f16_e4m3, __half, E4m3)

@@ -26,7 +26,7 @@ pub struct HeadNorms<W> {
 impl RopeStore {
     /// The meaning of the kernel. `qkv`: [tokens, heads + 2 kv_heads, head_dim]; `frequencies`: [rotary / 2], radians a position,
     /// scaled for long contexts by whoever made them; an angle is their product in f32. `q`: [tokens, heads, head_dim]. `store` gets
-    /// K and V of each token and where they belong; a slot (block * block_size + row) of a block that is not there is not stored.
+    /// K and V of each token, before any scale, and where they belong; a slot (block * block_size + row) of a block that is not there is not stored.
     pub fn reference(
         &self,
         shape: &ArenaShape,
@@ -96,7 +96,7 @@ mod launch {
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{THREADS, below, grid, launched, len, same};
-    use crate::cuda::{Arena, ArenaShape, Kernels, LaunchError, Real};
+    use crate::cuda::{Arena, ArenaShape, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/rope_store.fatbin")),
@@ -105,10 +105,18 @@ mod launch {
             "rope_store_bf16_96",
             "rope_store_bf16_128",
             "rope_store_bf16_256",
+            "rope_store_bf16_e4m3_64",
+            "rope_store_bf16_e4m3_96",
+            "rope_store_bf16_e4m3_128",
+            "rope_store_bf16_e4m3_256",
             "rope_store_f16_64",
             "rope_store_f16_96",
             "rope_store_f16_128",
             "rope_store_f16_256",
+            "rope_store_f16_e4m3_64",
+            "rope_store_f16_e4m3_96",
+            "rope_store_f16_e4m3_128",
+            "rope_store_f16_e4m3_256",
         ],
         most_shared: 0,
     };
@@ -168,12 +176,12 @@ mod launch {
         ///
         /// # Errors
         /// When lengths do not fit, or no kernel was built for the head dimension.
-        pub fn rope_store<T: Real>(
+        pub fn rope_store<T: Real, KV: KvReal<T>>(
             &self,
             shape: &RopeStore,
             (qkv, norms): (&CudaSlice<T>, Option<HeadNorms<&CudaSlice<T>>>),
             input: &RopeInput<'_>,
-            arena: &mut Arena<T>,
+            arena: &mut Arena<KV>,
             q: &mut CudaSlice<T>,
         ) -> Result<(), LaunchError> {
             let dims = arena.shape.head_dim;
@@ -181,7 +189,7 @@ mod launch {
             for weight in norms.iter().flat_map(|norms| [norms.q, norms.k]) {
                 same("a norm's weight", weight.len(), dims as usize)?;
             }
-            let function = self.kernel(&format!("rope_store_{}_{dims}", T::NAME))?;
+            let function = self.kernel(&format!("rope_store_{}{}_{dims}", T::NAME, KV::SUFFIX))?;
             below("tokens", shape.tokens, 1 << 31)?;
             if shape.tokens == 0 {
                 return Ok(());

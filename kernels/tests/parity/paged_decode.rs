@@ -1,22 +1,26 @@
 //! Paged decode attention.
 
 use fastrand::Rng;
-use half::{bf16, f16};
-use kernels::cuda::{Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, PagedDecode, Real};
+use half::bf16;
+use kernels::cuda::{
+    Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, KvHalf, PagedDecode, Real, Slot,
+};
 
-use crate::support::{cases, download, expect_close, kernels, numbers, poisoned, upload, widened};
+use crate::support::{
+    KvCase, KvNumber, any_kv_dtype, cases, download, expect_close, kernels, numbers, poisoned,
+    upload, widened,
+};
 
 /// What a launch gets.
-struct Case<T> {
+struct Case<T, KV> {
     shape: PagedDecode,
-    arena_shape: ArenaShape,
-    arena: Vec<T>,
+    arena: KvCase<KV>,
     tables: Vec<u32>,
     lengths: Vec<u32>,
     q: Vec<T>,
 }
 
-impl<T: Real> Case<T> {
+impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
     fn random(random: &mut Rng) -> Self {
         let head_dim = random.choice([64, 96, 128, 256]).unwrap_or(64);
         let kv_heads = random.u32(1..=4);
@@ -59,8 +63,7 @@ impl<T: Real> Case<T> {
         let most = shape.table_width * arena_shape.block_size;
         Self {
             shape,
-            arena_shape,
-            arena: numbers(random, arena_shape.len().unwrap_or(0)),
+            arena: KvCase::random(random, arena_shape),
             tables: (0..shape.sequences * shape.table_width)
                 .map(|_| random.u32(..arena_shape.blocks))
                 .collect(),
@@ -70,16 +73,14 @@ impl<T: Real> Case<T> {
     }
 
     fn check(&self, kernels: &Kernels) {
-        let mut arena = Arena::new(kernels, self.arena_shape).expect("memory");
-        kernels.stream().memcpy_htod(&self.arena, arena.values_mut()).expect("upload");
+        let (arena, arena_shape) = (self.arena.upload(kernels), self.arena.shape);
         let (tables, lengths) = (upload(kernels, &self.tables), upload(kernels, &self.lengths));
         let q = upload(kernels, &self.q);
         let mut scratch =
-            DecodeScratch::new(kernels, self.arena_shape, self.shape.sequences).expect("memory");
+            DecodeScratch::new(kernels, arena_shape, self.shape.sequences).expect("memory");
         let mut wanted = vec![0.0; self.q.len()];
-        let (shape, arena_values) = (&self.arena_shape, self.arena.as_slice());
         self.shape.reference(
-            (shape, arena_values),
+            &self.arena.values(),
             (&self.tables, &self.lengths),
             &widened(&self.q),
             &mut wanted,
@@ -92,7 +93,8 @@ impl<T: Real> Case<T> {
                 .paged_decode(&self.shape, &arena, &input, (&q, &mut out), &mut scratch)
                 .expect("launch");
             let got = widened(&download(kernels, &out));
-            let what = format!("{} {:?} {shape:?} run {run}", T::NAME, self.shape);
+            let what =
+                format!("{}{} {:?} {arena_shape:?} run {run}", T::NAME, KV::SUFFIX, self.shape);
             // Weights and results are rounded to the dtype: 2^-8 and 2^-11.
             let tolerance = if T::NAME == "bf16" { 0.012 } else { 0.002 };
             expect_close(&what, &got, &wanted, (tolerance, 0.3));
@@ -103,54 +105,47 @@ impl<T: Real> Case<T> {
 #[test]
 fn paged_decode_is_its_reference() {
     let kernels = kernels();
-    cases(300, |random| {
-        if random.bool() {
-            Case::<bf16>::random(random).check(&kernels)
-        } else {
-            Case::<f16>::random(random).check(&kernels)
-        }
-    });
+    cases(300, |random| any_kv_dtype!(random, check_random(random, &kernels)));
+}
+
+fn check_random<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    Case::<T, KV>::random(random).check(kernels);
 }
 
 /// Positions that nobody has written hold anything, also what is no number.
 #[test]
 fn what_is_beyond_a_sequence_is_not_seen() {
     let kernels = kernels();
-    cases(20, |random| {
-        let arena_shape =
-            ArenaShape { blocks: 64, block_size: 16, layers: 1, kv_heads: 2, head_dim: 128 };
-        let shape = PagedDecode {
-            sequences: 4,
-            table_width: 8,
-            layer: 0,
-            heads: 8,
-            scale: 0.1,
-            window: None,
-            soft_cap: None,
-        };
-        let mut case = Case::<bf16>::filled(random, shape, arena_shape);
-        case.tables = (0..32).collect();
-        for (index, length) in (0..).zip(&case.lengths) {
-            for position in *length..128 {
-                let block = index * 8 + position / 16;
-                for half in [kernels::cuda::KvHalf::K, kernels::cuda::KvHalf::V] {
-                    for (head, dim) in (0..2).flat_map(|head| (0..128).map(move |dim| (head, dim)))
-                    {
-                        let slot = kernels::cuda::Slot {
-                            block,
-                            layer: 0,
-                            half,
-                            head,
-                            row: position % 16,
-                            dim,
-                        };
-                        case.arena[arena_shape.index(slot, 2)] = bf16::NAN;
-                    }
+    cases(20, |random| any_kv_dtype!(random, check_unwritten(random, &kernels)));
+}
+
+fn check_unwritten<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    let arena_shape =
+        ArenaShape { blocks: 64, block_size: 16, layers: 1, kv_heads: 2, head_dim: 128 };
+    let shape = PagedDecode {
+        sequences: 4,
+        table_width: 8,
+        layer: 0,
+        heads: 8,
+        scale: 0.1,
+        window: None,
+        soft_cap: None,
+    };
+    let mut case = Case::<T, KV>::filled(random, shape, arena_shape);
+    case.tables = (0..32).collect();
+    for (index, length) in (0..).zip(&case.lengths) {
+        for position in *length..128 {
+            let (block, row) = (index * 8 + position / 16, position % 16);
+            for (half, head) in [(KvHalf::K, 0), (KvHalf::K, 1), (KvHalf::V, 0), (KvHalf::V, 1)] {
+                for dim in 0..128 {
+                    let slot = Slot { block, layer: 0, half, head, row, dim };
+                    let bytes = u32::try_from(size_of::<KV>()).unwrap_or(0);
+                    case.arena.values[arena_shape.index(slot, bytes)] = KV::NAN;
                 }
             }
         }
-        case.check(&kernels);
-    });
+    }
+    case.check(kernels);
 }
 
 #[test]
@@ -168,8 +163,8 @@ fn lengths_that_do_not_fit_are_refused() {
         window: None,
         soft_cap: None,
     };
-    let case = Case::<bf16>::filled(&mut random, shape, arena_shape);
-    let arena = Arena::new(&kernels, arena_shape).expect("memory");
+    let case = Case::<bf16, bf16>::filled(&mut random, shape, arena_shape);
+    let arena = Arena::<bf16>::new(&kernels, arena_shape).expect("memory");
     let mut scratch = DecodeScratch::new(&kernels, arena_shape, 2).expect("memory");
     let (tables, lengths) = (upload(&kernels, &case.tables), upload(&kernels, &case.lengths));
     let (q, mut out) = (upload(&kernels, &case.q), poisoned(&kernels, case.q.len()));

@@ -1,24 +1,26 @@
 //! Paged prefill attention.
 
 use fastrand::Rng;
-use half::{bf16, f16};
+use half::bf16;
 use kernels::cuda::{
     Arena, ArenaShape, Chunks, Kernels, KvHalf, PagedPrefill, PrefillInput, Real, Slot,
 };
 
-use crate::support::{cases, download, expect_close, kernels, numbers, tolerance, upload, widened};
+use crate::support::{
+    KvCase, KvNumber, any_kv_dtype, cases, download, expect_close, kernels, numbers, tolerance,
+    upload, widened,
+};
 
-struct Case<T> {
+struct Case<T, KV> {
     shape: PagedPrefill,
-    arena_shape: ArenaShape,
-    arena: Vec<T>,
+    arena: KvCase<KV>,
     tables: Vec<u32>,
     begins: Vec<u32>,
     starts: Vec<u32>,
     q: Vec<T>,
 }
 
-impl<T: Real> Case<T> {
+impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
     fn random(random: &mut Rng) -> Self {
         let head_dim = random.choice([64, 96, 128, 128, 256]).unwrap_or(64);
         let kv_heads = random.u32(1..=3);
@@ -61,41 +63,36 @@ impl<T: Real> Case<T> {
                 *id = random.choice([blocks, u32::MAX, beyond]).unwrap_or(0);
             }
         }
-        let arena = numbers(random, arena_shape.len().unwrap_or(0));
+        let arena = KvCase::random(random, arena_shape);
         let q = numbers(random, (tokens * shape.heads * head_dim) as usize);
-        Self { shape, arena_shape, arena, tables, begins, starts, q }
+        Self { shape, arena, tables, begins, starts, q }
     }
 
     fn check(&self, kernels: &Kernels) {
         if self.q.is_empty() {
             return;
         }
-        let mut arena = Arena::new(kernels, self.arena_shape).expect("memory");
-        kernels.stream().memcpy_htod(&self.arena, arena.values_mut()).expect("upload");
+        let arena = self.arena.upload(kernels);
         let (tables, begins) = (upload(kernels, &self.tables), upload(kernels, &self.begins));
         let (starts, q) = (upload(kernels, &self.starts), upload(kernels, &self.q));
         // What is of no sequence must stay as it is.
         let before = T::from_f32(7.0);
         let mut wanted = vec![before.into(); self.q.len()];
         let chunks = Chunks { tables: &self.tables, begins: &self.begins, starts: &self.starts };
-        self.shape.reference(
-            (&self.arena_shape, &self.arena),
-            &chunks,
-            &widened(&self.q),
-            &mut wanted,
-        );
+        self.shape.reference(&self.arena.values(), &chunks, &widened(&self.q), &mut wanted);
         let mut poison = vec![T::from_f32(f32::NAN); self.q.len()];
-        let row = (self.shape.heads * self.arena_shape.head_dim) as usize;
+        let row = (self.shape.heads * self.arena.shape.head_dim) as usize;
         poison[self.begins[self.begins.len() - 1] as usize * row..].fill(before);
         let mut out = upload(kernels, &poison);
         let input = PrefillInput { tables: &tables, begins: &begins, starts: &starts };
         kernels.paged_prefill(&self.shape, &arena, &input, (&q, &mut out)).expect("launch");
         let got = widened(&download(kernels, &out));
         let what = format!(
-            "{} {:?} {:?} {:?} {:?}",
+            "{}{} {:?} {:?} {:?} {:?}",
             T::NAME,
+            KV::SUFFIX,
             self.shape,
-            self.arena_shape,
+            self.arena.shape,
             self.begins,
             self.starts
         );
@@ -106,57 +103,49 @@ impl<T: Real> Case<T> {
 #[test]
 fn paged_prefill_is_its_reference() {
     let kernels = kernels();
-    cases(100, |random| {
-        if random.bool() {
-            Case::<bf16>::random(random).check(&kernels)
-        } else {
-            Case::<f16>::random(random).check(&kernels)
-        }
-    });
+    cases(100, |random| any_kv_dtype!(random, check_random(random, &kernels)));
+}
+
+fn check_random<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    Case::<T, KV>::random(random).check(kernels);
 }
 
 /// Positions that nobody has written hold anything, also what is no number.
 #[test]
 fn what_is_beyond_a_chunk_is_not_seen() {
     let kernels = kernels();
-    cases(20, |random| {
-        let head_dim = random.choice([64, 128, 256]).unwrap_or(64);
-        let arena_shape =
-            ArenaShape { blocks: 40, block_size: 16, layers: 1, kv_heads: 1, head_dim };
-        let (start, chunk) = (random.u32(..300), random.u32(1..300));
-        let shape = PagedPrefill {
-            sequences: 1,
-            tokens: chunk,
-            table_width: 40,
-            layer: 0,
-            heads: 4,
-            scale: 0.1,
-            window: None,
-            soft_cap: None,
-        };
-        let mut arena: Vec<bf16> = numbers(random, arena_shape.len().unwrap_or(0));
-        for position in start + chunk..640 {
-            for (half, dim) in [KvHalf::K, KvHalf::V]
-                .into_iter()
-                .flat_map(|half| (0..head_dim).map(move |dim| (half, dim)))
-            {
-                let slot =
-                    Slot { block: position / 16, layer: 0, half, head: 0, row: position % 16, dim };
-                arena[arena_shape.index(slot, 2)] = bf16::NAN;
-            }
+    cases(20, |random| any_kv_dtype!(random, check_unwritten(random, &kernels)));
+}
+
+fn check_unwritten<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    let head_dim = random.choice([64, 128, 256]).unwrap_or(64);
+    let arena_shape = ArenaShape { blocks: 40, block_size: 16, layers: 1, kv_heads: 1, head_dim };
+    let (start, chunk) = (random.u32(..300), random.u32(1..300));
+    let shape = PagedPrefill {
+        sequences: 1,
+        tokens: chunk,
+        table_width: 40,
+        layer: 0,
+        heads: 4,
+        scale: 0.1,
+        window: None,
+        soft_cap: None,
+    };
+    let mut arena = KvCase::<KV>::random(random, arena_shape);
+    for position in start + chunk..640 {
+        let (block, row) = (position / 16, position % 16);
+        for (half, dim) in [KvHalf::K, KvHalf::V]
+            .into_iter()
+            .flat_map(|half| (0..head_dim).map(move |dim| (half, dim)))
+        {
+            let slot = Slot { block, layer: 0, half, head: 0, row, dim };
+            let bytes = u32::try_from(size_of::<KV>()).unwrap_or(0);
+            arena.values[arena_shape.index(slot, bytes)] = KV::NAN;
         }
-        let q = numbers(random, (chunk * 4 * head_dim) as usize);
-        Case {
-            shape,
-            arena_shape,
-            arena,
-            tables: (0..40).collect(),
-            begins: vec![0, chunk],
-            starts: vec![start],
-            q,
-        }
-        .check(&kernels);
-    });
+    }
+    let q = numbers(random, (chunk * 4 * head_dim) as usize);
+    let (tables, begins, starts) = ((0..40).collect(), vec![0, chunk], vec![start]);
+    Case::<T, KV> { shape, arena, tables, begins, starts, q }.check(kernels);
 }
 
 #[test]

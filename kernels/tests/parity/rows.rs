@@ -8,7 +8,8 @@ use kernels::cuda::{
 };
 
 use crate::support::{
-    cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
+    KvCase, KvNumber, any_kv_dtype, cases, download, expect_close, kernels, numbers, poisoned,
+    tolerance, upload, widened,
 };
 
 /// Runs a generic test with one of the dtypes.
@@ -111,18 +112,17 @@ fn gathered_rows_are_their_reference() {
 }
 
 /// What a launch of `rope_store` gets, and the arena before it.
-struct Rope<T> {
+struct Rope<T, KV> {
     shape: RopeStore,
-    arena_shape: ArenaShape,
     qkv: Vec<T>,
     weights: Option<[Vec<T>; 2]>,
     positions: Vec<u32>,
     slots: Vec<u32>,
     frequencies: Vec<f32>,
-    before: Vec<T>,
+    before: KvCase<KV>,
 }
 
-impl<T: Real> Rope<T> {
+impl<T: Real, KV: KvNumber<T>> Rope<T, KV> {
     fn random(random: &mut Rng) -> Self {
         let head_dim = random.choice([64, 96, 128, 256]).unwrap_or(64);
         let arena_shape = ArenaShape {
@@ -148,37 +148,40 @@ impl<T: Real> Rope<T> {
         let frequency = |pair: u32| 10_000_f32.powf(-2.0 * pair as f32 / shape.rotary as f32);
         Self {
             shape,
-            arena_shape,
             qkv: numbers(random, (shape.tokens * all * head_dim) as usize),
             weights: random.bool().then(|| [numbers(random, width), numbers(random, width)]),
             positions: (0..shape.tokens).map(|_| random.u32(..40_000)).collect(),
             slots,
             frequencies: (0..shape.rotary / 2).map(frequency).collect(),
-            before: numbers(random, arena_shape.len().unwrap_or(0)),
+            before: KvCase::random(random, arena_shape),
         }
     }
 
-    /// Q and the arena, as the reference has them.
+    /// Q, and the arena before anything is rounded: a value that was there before is meant as it is.
     fn wanted(&self) -> [Vec<f32>; 2] {
-        let mut arena = widened(&self.before);
-        let heads = self.shape.tokens * self.shape.heads * self.arena_shape.head_dim;
-        let mut q = vec![0.0; heads as usize];
+        let (before, shape) = (self.before.values(), self.before.shape);
+        let bytes = u32::try_from(size_of::<KV>()).unwrap_or(0);
+        let mut arena: Vec<f32> = before.values.iter().map(|value| (*value).into()).collect();
+        let mut q = vec![0.0; (self.shape.tokens * self.shape.heads * shape.head_dim) as usize];
         let wide = self.weights.as_ref().map(|all| all.each_ref().map(|weight| widened(weight)));
         let norms = wide.as_ref().map(|[q, k]| HeadNorms { q: q.as_slice(), k: k.as_slice() });
+        let most: f32 = KV::stored(f32::INFINITY).into();
         self.shape.reference(
-            &self.arena_shape,
+            &shape,
             (&widened(&self.qkv), norms),
             (&self.positions, &self.slots, &self.frequencies),
             &mut q,
-            |slot, value| arena[self.arena_shape.index(slot, 2)] = T::from_f32(value).into(),
+            |slot, value| {
+                let stored = value / before.scales[shape.scale_index(slot)];
+                arena[shape.index(slot, bytes)] = stored.clamp(-most, most);
+            },
         );
         [q, arena]
     }
 
     fn check(&self, kernels: &Kernels) {
         let [wanted, wanted_arena] = self.wanted();
-        let mut arena = Arena::<T>::new(kernels, self.arena_shape).expect("memory");
-        kernels.stream().memcpy_htod(&self.before, arena.values_mut()).expect("upload");
+        let mut arena = self.before.upload(kernels);
         let weights = self.weights.as_ref();
         let weights = weights.map(|all| all.each_ref().map(|weight| upload(kernels, weight)));
         let norms = weights.as_ref().map(|[q, k]| HeadNorms { q, k });
@@ -193,22 +196,25 @@ impl<T: Real> Rope<T> {
         let input = RopeInput { positions: &positions, slots: &slots, frequencies: &frequencies };
         let qkv = upload(kernels, &self.qkv);
         kernels.rope_store(&self.shape, (&qkv, norms), &input, &mut arena, &mut q).expect("launch");
-        let what = format!("{:?} {:?}", self.shape, self.arena_shape);
+        let what = format!("{}{} {:?} {:?}", T::NAME, KV::SUFFIX, self.shape, self.before.shape);
         let allowed = (2.0 * tolerance::<T>(), 0.05);
         expect_close(&what, &widened(&download(kernels, &q)), &wanted, allowed);
-        let arena = download(kernels, arena.values_mut());
-        expect_close(&format!("{what}: the arena"), &widened(&arena), &wanted_arena, allowed);
+        let stored: Vec<f32> =
+            download(kernels, arena.values_mut()).iter().map(|value| (*value).into()).collect();
+        // Half a step of 3 bits of mantissa, and of those below the lowest exponent.
+        let allowed = if KV::MOST == 1.0 { allowed } else { (0.064, 2_f32.powi(-6)) };
+        expect_close(&format!("{what}: the arena"), &stored, &wanted_arena, allowed);
     }
 }
 
-fn rope<T: Real>(random: &mut Rng, kernels: &Kernels) {
-    Rope::<T>::random(random).check(kernels);
+fn rope<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    Rope::<T, KV>::random(random).check(kernels);
 }
 
 #[test]
 fn turned_and_stored_heads_are_their_reference() {
     let kernels = kernels();
-    cases(300, |random| either_dtype!(random, &kernels, rope));
+    cases(300, |random| any_kv_dtype!(random, rope(random, &kernels)));
 }
 
 #[test]

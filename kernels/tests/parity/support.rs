@@ -2,7 +2,8 @@
 
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use fastrand::Rng;
-use kernels::cuda::{Kernels, Real};
+use half::{bf16, f16};
+use kernels::cuda::{Arena, ArenaShape, E4m3, Kernels, KvReal, KvValues, Real};
 
 /// The first device with its kernels.
 pub(crate) fn kernels() -> Kernels {
@@ -68,3 +69,87 @@ pub(crate) fn expect_close(
 pub(crate) fn tolerance<T: Real>() -> f32 {
     if T::NAME == "bf16" { 0.006 } else { 0.001 }
 }
+
+/// What K and V are stored as, beside activations of `T`.
+pub(crate) trait KvNumber<T: Real>: KvReal<T> + Clone {
+    /// The largest that `stored` makes of 1.
+    const MOST: f32;
+    const NAN: Self;
+    /// A number from -1 to 1, times `MOST`.
+    fn stored(value: f32) -> Self;
+    fn set_scales(arena: &mut Arena<Self>, kernels: &Kernels, scales: &[f32]);
+}
+
+macro_rules! stored_as_it_is {
+    ($real:ty) => {
+        impl KvNumber<$real> for $real {
+            const MOST: f32 = 1.0;
+            const NAN: Self = Self::NAN;
+            fn stored(value: f32) -> Self {
+                Self::from_f32(value)
+            }
+            fn set_scales(_: &mut Arena<Self>, _: &Kernels, _: &[f32]) {}
+        }
+    };
+}
+stored_as_it_is!(bf16);
+stored_as_it_is!(f16);
+
+impl<T: Real> KvNumber<T> for E4m3 {
+    const MOST: f32 = 448.0;
+    const NAN: Self = Self(0x7F);
+    fn stored(value: f32) -> Self {
+        Self::from_f32(value * <Self as KvNumber<T>>::MOST)
+    }
+    fn set_scales(arena: &mut Arena<Self>, kernels: &Kernels, scales: &[f32]) {
+        kernels.stream().memcpy_htod(scales, arena.scales_mut()).expect("upload");
+    }
+}
+
+/// An arena's contents, on the host.
+pub(crate) struct KvCase<KV> {
+    pub(crate) shape: ArenaShape,
+    pub(crate) values: Vec<KV>,
+    scales: Vec<f32>,
+}
+
+impl<KV> KvCase<KV> {
+    /// Random numbers from -1 to 1.
+    pub(crate) fn random<T: Real>(random: &mut Rng, shape: ArenaShape) -> Self
+    where
+        KV: KvNumber<T>,
+    {
+        let len = shape.len().unwrap_or(0);
+        let values = (0..len).map(|_| KV::stored(random.f32() * 2.0 - 1.0)).collect();
+        let scale = |_| if KV::MOST == 1.0 { 1.0 } else { (0.25 + 0.75 * random.f32()) / KV::MOST };
+        Self { shape, values, scales: (0..shape.layers * shape.kv_heads * 2).map(scale).collect() }
+    }
+
+    pub(crate) fn upload<T: Real>(&self, kernels: &Kernels) -> Arena<KV>
+    where
+        KV: KvNumber<T>,
+    {
+        let mut arena = Arena::new(kernels, self.shape).expect("memory");
+        kernels.stream().memcpy_htod(&self.values, arena.values_mut()).expect("upload");
+        KV::set_scales(&mut arena, kernels, &self.scales);
+        arena
+    }
+
+    pub(crate) fn values(&self) -> KvValues<'_, KV> {
+        KvValues { shape: self.shape, values: &self.values, scales: &self.scales }
+    }
+}
+
+/// Runs a generic check with each pair of activations and of what K and V are stored as, at random.
+macro_rules! any_kv_dtype {
+    ($random:expr, $($call:tt)*) => {
+        match $random.u32(..4) {
+            0 => $crate::support::any_kv_dtype!(@ half::bf16, half::bf16, $($call)*),
+            1 => $crate::support::any_kv_dtype!(@ half::bf16, kernels::cuda::E4m3, $($call)*),
+            2 => $crate::support::any_kv_dtype!(@ half::f16, half::f16, $($call)*),
+            _ => $crate::support::any_kv_dtype!(@ half::f16, kernels::cuda::E4m3, $($call)*),
+        }
+    };
+    (@ $t:ty, $kv:ty, $check:ident($($argument:expr),*)) => { $check::<$t, $kv>($($argument),*) };
+}
+pub(crate) use any_kv_dtype;

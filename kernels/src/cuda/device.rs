@@ -30,6 +30,7 @@ const MODULES: &[Module] = &[
     super::rope_store::MODULE,
     super::sample::MODULE,
     super::sampling_rows::MODULE,
+    super::shared_prefix::MODULE,
 ];
 
 /// Kernels of one `.cu`.

@@ -51,6 +51,10 @@ template <typename T, typename KV, int D> struct Fragments {
         *reinterpret_cast<uint32_t*>(step + lane % 4 * 2) = pack<T>(low.x, low.y);
         *reinterpret_cast<uint32_t*>(step + 8 + lane % 4 * 2) = pack<T>(high.x, high.y);
     }
+    static __device__ __forceinline__ void write(float* step, uint32_t lane, float2 low, float2 high) {
+        *reinterpret_cast<float2*>(step + lane % 4 * 2) = low;
+        *reinterpret_cast<float2*>(step + 8 + lane % 4 * 2) = high;
+    }
 };
 
 template <typename T, int D> struct Fragments<T, E4m3, D> {
@@ -87,6 +91,9 @@ template <typename T, int D> struct Fragments<T, E4m3, D> {
     }
     static __device__ __forceinline__ void write(T* step, uint32_t lane, float2 low, float2 high) {
         *reinterpret_cast<uint2*>(step + lane % 4 * 4) = {pack<T>(low.x, high.x), pack<T>(low.y, high.y)};
+    }
+    static __device__ __forceinline__ void write(float* step, uint32_t lane, float2 low, float2 high) {
+        *reinterpret_cast<float4*>(step + lane % 4 * 4) = {low.x, high.x, low.y, high.y};
     }
 
 private:

@@ -17,6 +17,7 @@ mod rms_norm;
 mod rope_store;
 mod sample;
 mod sampling_rows;
+mod shared_prefix;
 
 #[cfg(feature = "cuda")]
 mod device;
@@ -43,6 +44,7 @@ pub use rms_norm::RmsNorm;
 pub use rope_store::{HeadNorms, RopeStore};
 pub use sample::TokenScore;
 pub use sampling_rows::{SamplingParams, SamplingState};
+pub use shared_prefix::SharedPrefixes;
 
 #[cfg(feature = "cuda")]
 pub use arena::Arena;
@@ -70,3 +72,5 @@ pub use rope_store::RopeInput;
 pub use sample::{Draw, Logit, Sample, SampleOutput, SampleScratch};
 #[cfg(feature = "cuda")]
 pub use sampling_rows::{Admission, SamplingRows, SamplingShape};
+#[cfg(feature = "cuda")]
+pub use shared_prefix::PrefixInput;

@@ -8,8 +8,10 @@
 // Scores are computed as K Q^T, 16 positions by 8 query heads, so that the heads that share a KV head fill the small side of the
 // matrix instruction; outputs as V^T P^T. The softmax goes along (Milakov and Gimelshein, arXiv 1805.02867); its maximum is
 // moved only when a score is more than 2^8 above it.
+#include "attention.cuh"
 #include "fragments.cuh"
 #include "sequences.cuh"
+#include "shared_prefix.cuh"
 
 constexpr int TILE = 16;
 // Query heads of one matrix instruction.
@@ -31,19 +33,17 @@ struct Decode {
     float soft_cap;           // 0: none
     float* parts;             // [2 grid][HEADS TILES][D + 2]
     uint32_t* arrived;        // [sequences][kv heads], 0 before and after
+    PrefixParts prefix;       // null: nothing is shared
 };
 
 // What every warp knows of the sequences, in shared memory.
 struct Sequences {
     uint32_t* before;   // [sequences + 1], sums of the tiles before each
     uint32_t* lengths;  // [sequences], within the table
+    uint32_t* firsts;   // [sequences], the first position that a query sees and that is not of a shared prefix
 
-    // The first position that a query of such a sequence sees, and the tile that has it.
-    __device__ __forceinline__ static uint32_t first(uint32_t window, uint32_t length) {
-        return window == 0 || length <= window ? 0 : length - window;
-    }
-    __device__ __forceinline__ static uint32_t tiles(uint32_t window, uint32_t length) {
-        return (length + TILE - 1) / TILE - first(window, length) / TILE;
+    __device__ __forceinline__ uint32_t tiles(uint32_t sequence) const {
+        return (lengths[sequence] + TILE - 1) / TILE - firsts[sequence] / TILE;
     }
     __device__ __forceinline__ bool is_empty(uint32_t sequence) const { return before[sequence] == before[sequence + 1]; }
 };
@@ -51,9 +51,13 @@ struct Sequences {
 // Reads the lengths. All threads of the block take part.
 __device__ void look(const Decode& decode, Sequences all, uint32_t* scratch) {
     uint32_t most = decode.table_width * decode.arena.block_size;
-    for (uint32_t s = threadIdx.x; s < decode.sequences; s += blockDim.x) all.lengths[s] = min(decode.lengths[s], most);
+    for (uint32_t s = threadIdx.x; s < decode.sequences; s += blockDim.x) {
+        uint32_t length = min(decode.lengths[s], most), shared = decode.prefix.lengths == nullptr ? 0 : decode.prefix.lengths[s];
+        all.lengths[s] = length;
+        all.firsts[s] = max(Sight::up_to(length, decode.window).from, min(shared, length));
+    }
     __syncthreads();
-    sum_before(decode.sequences, all.before, scratch, [&](uint32_t s) { return Sequences::tiles(decode.window, all.lengths[s]); });
+    sum_before(decode.sequences, all.before, scratch, [&](uint32_t s) { return all.tiles(s); });
 }
 
 // A place on the line.
@@ -65,15 +69,15 @@ struct Place {
     uint32_t first;  // the sequence's first position that is seen
     uint32_t length;
 
-    __device__ __forceinline__ void look(const Decode& decode, Sequences all) {
+    __device__ __forceinline__ void look(Sequences all) {
         length = all.lengths[sequence];
-        first = Sequences::first(decode.window, length);
-        tiles = Sequences::tiles(decode.window, length);
+        first = all.firsts[sequence];
+        tiles = all.tiles(sequence);
     }
     __device__ __forceinline__ uint32_t position() const { return (first / TILE + tile) * TILE; }
     __device__ __forceinline__ void enter(const Decode& decode, Sequences all, uint32_t item) {
         sequence = sequence_of(all.before, decode.sequences, item / decode.arena.kv_heads);
-        look(decode, all);
+        look(all);
         uint32_t offset = item - all.before[sequence] * decode.arena.kv_heads;
         head = offset / tiles;
         tile = offset % tiles;
@@ -85,18 +89,9 @@ struct Place {
         if (++head < decode.arena.kv_heads) return;
         head = 0;
         do sequence++; while (sequence < decode.sequences && all.is_empty(sequence));
-        if (sequence < decode.sequences) look(decode, all);
+        if (sequence < decode.sequences) look(all);
     }
 };
-
-// The items of the line that piece `index` of `pieces` has: [begin, end).
-__device__ __forceinline__ uint32_t piece_begin(uint32_t items, uint32_t index, uint32_t pieces) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(items) * index / pieces);
-}
-// The piece that has an item.
-__device__ __forceinline__ uint32_t piece_of(uint32_t items, uint32_t item, uint32_t pieces) {
-    return static_cast<uint32_t>(((static_cast<uint64_t>(item) + 1) * pieces - 1) / items);
-}
 
 // Block ids of the tiles that are asked for next: lane `l` knows that of the `l`th.
 struct Blocks {
@@ -117,11 +112,11 @@ struct Blocks {
     }
 };
 
-// What a warp or a block knows of a (sequence, KV head) before it is divided by the sum.
-template <int D, int N> struct alignas(16) Part {
-    float values[N * HEADS][D];
-    float most[N * HEADS];
-    float sum[N * HEADS];
+// What a warp or a block knows of a (sequence, KV head): rows before they are divided by their sums.
+template <int D, int ROWS> struct alignas(16) Part {
+    float values[ROWS][D];
+    float most[ROWS];
+    float sum[ROWS];
 };
 
 constexpr uint32_t NOTHING = ~0u;
@@ -129,13 +124,34 @@ constexpr uint32_t NOTHING = ~0u;
 template <typename KV, int D, int N, int STAGES> struct Shared {
     static constexpr int HALF = TILE / ATOM_ROWS * Layout<KV, D>::GROUP;  // K or V of a tile
     alignas(1024) uint8_t tiles[WARPS][STAGES][2][HALF];
-    Part<D, N> parts[2 * WARPS];
+    Part<D, N * HEADS> parts[2 * WARPS];
     // Whose the parts are: sequence * kv heads + head.
     uint32_t owners[2 * WARPS];
     uint64_t barriers[WARPS][STAGES];
     uint32_t scratch[WARPS];
     uint32_t is_last;
-    uint32_t sequences[1];  // before and lengths
+    uint32_t sequences[1];  // before, lengths and firsts
+};
+
+// Makes results of a query head's row, together with what its sequence shares.
+template <int D> struct Whole {
+    float own, shared = 0;  // what the row's values, and those of the shared part, are multiplied by
+    const float* values;
+
+    __device__ __forceinline__ Whole(const Decode& decode, uint32_t sequence, uint32_t head, float most, float sum) {
+        own = sum == 0 ? 0 : 1 / sum;
+        if (decode.prefix.lengths == nullptr || decode.prefix.lengths[sequence] == 0) return;
+        size_t row = static_cast<size_t>(sequence) * decode.arena.kv_heads * decode.group + head;
+        float2 part = decode.prefix.sums[row];
+        float top = fmaxf(most, part.x), base = top == -INFINITY ? 0 : top;
+        own = exp2_fast(most - base);
+        shared = exp2_fast(part.x - base);
+        float total = own * sum + shared * part.y, factor = total == 0 ? 0 : 1 / total;
+        own *= factor;
+        shared *= factor;
+        values = decode.prefix.values + row * D;
+    }
+    __device__ __forceinline__ float of(float value, uint32_t dim) const { return own * value + (shared == 0 ? 0 : shared * values[dim]); }
 };
 
 // One warp's tiles, from memory to its part of the result.
@@ -265,12 +281,12 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[n][i] = scaled(chains[0][n][i] + chains[1][n][i]);
-    }
-
-    __device__ __forceinline__ float scaled(float s) {
-        s *= k_scale;
-        return decode.soft_cap == 0 ? s : decode.soft_cap * LOG2_E * tanhf(s / decode.soft_cap);
+            for (int i = 0; i < 4; i++) s[n][i] = k_scale * (chains[0][n][i] + chains[1][n][i]);
+        if (decode.soft_cap == 0) return;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[n][i] = capped(decode.soft_cap, s[n][i]);
     }
 
     // Scores of positions that the query does not see become nothing; what is of no block, or not written yet, is cleared: nothing
@@ -375,16 +391,38 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
                 }
     }
 
+    // Makes the results whole with what the sequence shares.
+    __device__ __forceinline__ void add_shared(const Place& place) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t head = n * HEADS + lane % 4 * 2 + i;
+                if (head >= decode.group) continue;
+                Whole<D> whole(decode, place.sequence, place.head * decode.group + head, most[n][i], sum[n][i]);
+#pragma unroll
+                for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        float& value = out[n][step][half * 2 + i];
+                        value = whole.of(value * v_scale, F::v_dim(step, half, lane / 4));
+                    }
+                sum[n][i] = 1;
+            }
+        v_scale = 1;
+    }
+
     __device__ __forceinline__ void write(T* results, const Place& place) {
         uint32_t heads = decode.arena.kv_heads * decode.group;
         T* rows = results + (static_cast<size_t>(place.sequence) * heads + place.head * decode.group) * D;
+        if (decode.prefix.lengths != nullptr) add_shared(place);
         each([&](uint32_t head, uint32_t dim, float value, float, float sum) {
             if (head < decode.group) rows[head * D + dim] = from_float<T>(sum == 0 ? 0 : value / sum);
         });
     }
 
     __device__ __forceinline__ void keep(uint32_t slot, const Place& place) {
-        Part<D, N>& part = shared.parts[slot];
+        Part<D, N * HEADS>& part = shared.parts[slot];
         each([&](uint32_t head, uint32_t dim, float value, float most, float sum) {
             part.values[head][dim] = value;
             part.most[head] = most;
@@ -474,16 +512,16 @@ __device__ __forceinline__ void together(uint32_t rows, uint32_t count, float* f
     }
 }
 
-template <typename T> __device__ __forceinline__ void store_four(T* to, float4 values, float sum) {
-    float factor = sum == 0 ? 0 : 1 / sum;
-    *reinterpret_cast<uint2*>(to) = {pack<T>(values.x * factor, values.y * factor), pack<T>(values.z * factor, values.w * factor)};
+template <typename T, int D> __device__ __forceinline__ void store_four(T* row, uint32_t dim, float4 values, const Whole<D>& whole) {
+    uint32_t low = pack<T>(whole.of(values.x, dim), whole.of(values.y, dim + 1)), high = pack<T>(whole.of(values.z, dim + 2), whole.of(values.w, dim + 3));
+    *reinterpret_cast<uint2*>(row + dim) = {low, high};
 }
 
 // The parts of a block's warps, one (sequence, KV head) after the other; what reaches beyond the block goes to memory, and who
 // comes last puts it together.
 template <typename T, typename KV, int D, int N, int STAGES>
 __device__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, Sequences all, T* results, uint32_t items, uint32_t pieces) {
-    using P = Part<D, N>;
+    using P = Part<D, N * HEADS>;
     uint32_t kv_heads = decode.arena.kv_heads, piece = blockIdx.x;
     uint32_t begin = piece_begin(items, piece, pieces), end = piece_begin(items, piece + 1, pieces);
     P* parts = reinterpret_cast<P*>(decode.parts);
@@ -510,8 +548,11 @@ __device__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, S
         T* rows = results + (static_cast<size_t>(sequence) * kv_heads + head) * decode.group * D;
         P& own = parts[2 * piece + (first >= begin)];
         auto mine = [&](uint32_t i) { return &shared.parts[__fns(members, 0, i + 1)]; };
+        auto write = [&](uint32_t row, uint32_t dim, float4 value, float most, float sum) {
+            store_four(rows + row * D, dim, value, Whole<D>(decode, sequence, head * decode.group + row, most, sum));
+        };
         auto keep = [&](uint32_t row, uint32_t dim, float4 value, float most, float sum) {
-            if (is_whole) return store_four(rows + row * D + dim, value, sum);
+            if (is_whole) return write(row, dim, value, most, sum);
             *reinterpret_cast<float4*>(&own.values[row][dim]) = value;
             if (dim == 0) {
                 own.most[row] = most;
@@ -532,9 +573,7 @@ __device__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, S
         }
         __syncthreads();
         if (!shared.is_last) continue;
-        uint32_t from_begin = piece_begin(items, from, pieces);
-        auto theirs = [&](uint32_t i) { return &parts[2 * (from + i) + (i == 0 && first >= from_begin)]; };
-        auto write = [&](uint32_t row, uint32_t dim, float4 value, float, float sum) { store_four(rows + row * D + dim, value, sum); };
+        auto theirs = [&](uint32_t i) { return &parts[2 * (from + i) + (i == 0)]; };
         // What others wrote is not in this multiprocessor's cache.
         together<D>(decode.group, n_parts, factors, theirs, [](const auto* at) { return __ldcg(at); }, write);
         if (threadIdx.x == 0) decode.arrived[owner] = 0;
@@ -546,7 +585,7 @@ template <typename T, typename KV, int D, int N, int STAGES>
 __device__ __forceinline__ void decode_attention(const Decode& decode, const T* queries, T* results) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
-    Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1};
+    Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1, shared.sequences + 2 * decode.sequences + 1};
     uint32_t warp = threadIdx.x / WARP, row = decode.arena.kv_heads * decode.group * D;
 #if BULK_COPIES
     if (threadIdx.x % WARP == 0)
@@ -557,7 +596,8 @@ __device__ __forceinline__ void decode_attention(const Decode& decode, const T* 
     look(decode, all, shared.scratch);
     for (uint32_t s = blockIdx.x; s < decode.sequences; s += gridDim.x)
         if (all.is_empty(s))
-            for (uint32_t i = threadIdx.x; i < row; i += blockDim.x) results[static_cast<size_t>(s) * row + i] = from_float<T>(0);
+            for (uint32_t i = threadIdx.x; i < row; i += blockDim.x)
+                results[static_cast<size_t>(s) * row + i] = from_float<T>(Whole<D>(decode, s, i / D, -INFINITY, 0).of(0, i % D));
     uint32_t items = all.before[decode.sequences] * decode.arena.kv_heads;
     uint32_t pieces = min(gridDim.x, (items + WARPS - 1) / WARPS);
     if (blockIdx.x >= pieces) return;

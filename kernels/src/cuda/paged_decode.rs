@@ -62,6 +62,7 @@ mod launch {
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, launched, len, same, score_scale};
+    use crate::cuda::shared_prefix::{PrefixArgument, PrefixInput, PrefixScratch};
     use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, KvReal, LaunchError, Real};
 
     /// As in the kernel.
@@ -134,6 +135,7 @@ mod launch {
     pub struct DecodeScratch {
         parts: CudaSlice<f32>,
         arrived: CudaSlice<u32>,
+        prefix: Option<PrefixScratch>,
     }
 
     impl DecodeScratch {
@@ -150,7 +152,21 @@ mod launch {
             let mut arrived = kernels.memory(sequences as usize * shape.kv_heads as usize)?;
             let cleared = kernels.stream().memset_zeros(&mut arrived);
             cleared.map_err(|source| DeviceError::Driver { what: "clear memory", source })?;
-            Ok(Self { parts: kernels.memory(parts as usize)?, arrived })
+            Ok(Self { parts: kernels.memory(parts as usize)?, arrived, prefix: None })
+        }
+
+        /// Also for launches whose sequences share prefixes, of so many query heads.
+        ///
+        /// # Errors
+        /// When the device has not as much memory.
+        pub fn with_prefixes(
+            mut self,
+            kernels: &Kernels,
+            shape: ArenaShape,
+            (sequences, heads): (u32, u32),
+        ) -> Result<Self, DeviceError> {
+            self.prefix = Some(PrefixScratch::new(kernels, shape, (sequences, heads))?);
+            Ok(self)
         }
     }
 
@@ -159,6 +175,8 @@ mod launch {
     pub struct DecodeInput<'a> {
         pub tables: &'a CudaSlice<u32>,
         pub lengths: &'a CudaSlice<u32>,
+        /// What is shared is read once, by a launch of its own; the scratch must be made for it.
+        pub prefixes: Option<PrefixInput<'a>>,
     }
 
     /// The kernel's argument, field by field.
@@ -177,6 +195,7 @@ mod launch {
         soft_cap: f32,
         parts: u64,
         arrived: u64,
+        prefix: PrefixArgument,
     }
 
     // SAFETY: numbers alone, laid out as in C.
@@ -217,7 +236,8 @@ mod launch {
     }
 
     impl Kernels {
-        /// Queues the attention. Shapes as in [`PagedDecode::reference`].
+        /// Queues the attention. Shapes as in [`PagedDecode::reference`]; of shared prefixes the tables are as
+        /// [`SharedPrefixes::spread`](crate::cuda::SharedPrefixes::spread) makes them.
         ///
         /// # Errors
         /// When lengths do not fit, or no kernel was built for the head dimension or block size.
@@ -241,14 +261,21 @@ mod launch {
             };
             let is_built = matches!(arena.shape.block_size, 8 | 16 | 32 | 64);
             let function = self.function(&name).filter(|_| is_built).ok_or_else(unsupported)?;
-            let argument = self.argument(shape, arena, input, scratch);
+            let mut prefix = PrefixArgument::default();
+            if let Some(prefixes) = &input.prefixes {
+                let none = || LaunchError::Unsupported("prefixes without their scratch".to_owned());
+                let scratch = scratch.prefix.as_mut().ok_or_else(none)?;
+                self.shared_prefix(shape, arena, (input, prefixes), q, scratch)?;
+                prefix = scratch.argument(self);
+            }
+            let argument = Decode { prefix, ..self.argument(shape, arena, input, scratch) };
             let stream = self.stream();
             let (q, _q) = q.device_ptr(stream);
             let (out, _out) = out.device_ptr_mut(stream);
             let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
             let tiles = WARPS * stages(row) * 2 * TILE * row;
             let parts = 2 * WARPS * heads * (dims + 2) * 4;
-            let rest = 1024 + shape.sequences * 8;
+            let rest = 1024 + shape.sequences * 12;
             let shared_mem_bytes = tiles + parts + rest;
             let blocks = (SHARED / (shared_mem_bytes + PER_BLOCK)).clamp(1, BLOCKS);
             let config = LaunchConfig {
@@ -284,6 +311,7 @@ mod launch {
                 soft_cap: shape.soft_cap.unwrap_or(0.0),
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 arrived: scratch.arrived.device_ptr_mut(stream).0,
+                prefix: PrefixArgument::default(),
             }
         }
     }

@@ -1,5 +1,6 @@
 // What both kernels of paged prefill attention share: who computes which rows, and what a row sees.
 #pragma once
+#include "attention.cuh"
 #include "kv.cuh"
 #include "sequences.cuh"
 
@@ -54,19 +55,8 @@ template <int ROWS> __device__ __forceinline__ Unit unit_of(const Prefill& prefi
     return {sequence, index % prefill.arena.kv_heads, (before[sequence + 1] - 1 - tile) * ROWS};
 }
 
-// What a row sees: [from, to).
-struct Sight {
-    uint32_t from;
-    uint32_t to;
-
-    Sight() = default;
-    __device__ __forceinline__ Sight(const Prefill& prefill, const Rows& rows, uint32_t row) {
-        uint32_t token = min(row / prefill.group, rows.count - 1);
-        to = min(rows.start + token + 1, rows.context);
-        from = prefill.window == 0 || to <= prefill.window ? 0 : to - prefill.window;
-    }
-};
-
-__device__ __forceinline__ float capped(const Prefill& prefill, float scaled) {
-    return prefill.soft_cap == 0 ? scaled : prefill.soft_cap * LOG2_E * tanhf(scaled / prefill.soft_cap);
+// What a row sees.
+__device__ __forceinline__ Sight sight(const Prefill& prefill, const Rows& rows, uint32_t row) {
+    uint32_t token = min(row / prefill.group, rows.count - 1);
+    return Sight::up_to(min(rows.start + token + 1, rows.context), prefill.window);
 }

@@ -34,8 +34,8 @@ struct Range {
 
     __device__ __forceinline__ Range(const Prefill& prefill, const Rows& rows, const Unit& unit) {
         uint32_t all = rows.count * prefill.group;
-        first = Sight(prefill, rows, unit.first_row).from / POSITIONS;
-        last = static_cast<int32_t>(Sight(prefill, rows, min(unit.first_row + ROWS, all) - 1).to + POSITIONS - 1) / POSITIONS - 1;
+        first = sight(prefill, rows, unit.first_row).from / POSITIONS;
+        last = static_cast<int32_t>(sight(prefill, rows, min(unit.first_row + ROWS, all) - 1).to + POSITIONS - 1) / POSITIONS - 1;
     }
 };
 
@@ -214,7 +214,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
     __device__ __forceinline__ void weigh(const Rows& rows, int32_t tile, uint32_t absent, float (&s)[SCORES], float (&factors)[2]) {
         if (CAPPED)
 #pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill, s[i] * prefill.scale);
+            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill.soft_cap, s[i] * prefill.scale);
         float scale = CAPPED ? 1 : prefill.scale;
         mask(rows, tile, absent, s);
 #pragma unroll
@@ -252,8 +252,8 @@ template <typename T, int D, bool CAPPED> struct Consumer {
         Rows rows(prefill, unit.sequence);
         Range range(prefill, rows, unit);
         uint32_t row = unit.first_row + group * 64 + thread / WARP * 16 + lane / 4;
-        sights[0] = Sight(prefill, rows, row);
-        sights[1] = Sight(prefill, rows, row + 8);
+        sights[0] = sight(prefill, rows, row);
+        sights[1] = sight(prefill, rows, row + 8);
         await_queries();
         if (next != nullptr) ask_queries(*next, q_index ^ 1, queries);
 #pragma unroll

@@ -34,3 +34,12 @@ __device__ __forceinline__ uint32_t sequence_of(const uint32_t* before, uint32_t
     }
     return low;
 }
+
+// The items of the line that piece `index` of `pieces` has: [begin, end).
+__device__ __forceinline__ uint32_t piece_begin(uint32_t items, uint32_t index, uint32_t pieces) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(items) * index / pieces);
+}
+// The piece that has an item.
+__device__ __forceinline__ uint32_t piece_of(uint32_t items, uint32_t item, uint32_t pieces) {
+    return static_cast<uint32_t>(((static_cast<uint64_t>(item) + 1) * pieces - 1) / items);
+}

@@ -3,7 +3,8 @@
 use fastrand::Rng;
 use half::bf16;
 use kernels::cuda::{
-    Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, KvHalf, PagedDecode, Real, Slot,
+    Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, KvHalf, PagedDecode, PrefixInput, Real,
+    SharedPrefixes, Slot,
 };
 
 use crate::support::{
@@ -18,6 +19,8 @@ struct Case<T, KV> {
     tables: Vec<u32>,
     lengths: Vec<u32>,
     q: Vec<T>,
+    /// Begins and blocks of the groups that share a prefix.
+    prefixes: Option<[Vec<u32>; 2]>,
 }
 
 impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
@@ -69,26 +72,51 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
                 .collect(),
             lengths: (0..shape.sequences).map(|_| random.u32(1..=most)).collect(),
             q: numbers(random, (shape.sequences * shape.heads * arena_shape.head_dim) as usize),
+            prefixes: None,
         }
+    }
+
+    /// Random groups, of which some are empty, share nothing, or more than the shortest of them has.
+    fn share(mut self, random: &mut Rng) -> Self {
+        let groups = random.usize(1..6);
+        let mut begins: Vec<u32> =
+            (0..=groups).map(|_| random.u32(..=self.shape.sequences)).collect();
+        begins.sort_unstable();
+        let most = self.shape.table_width + 2;
+        let blocks = (0..groups).map(|_| random.u32(..=most) * random.u32(..4).min(1)).collect();
+        self.prefixes = Some([begins, blocks]);
+        self
+    }
+
+    /// The tables as they are meant.
+    fn meant(&self) -> Vec<u32> {
+        let groups = self.prefixes.as_ref().filter(|[begins, _]| begins.is_sorted());
+        let Some([begins, blocks]) = groups else { return self.tables.clone() };
+        SharedPrefixes { begins, blocks }.spread(&self.tables, self.shape.table_width)
     }
 
     fn check(&self, kernels: &Kernels) {
         let (arena, arena_shape) = (self.arena.upload(kernels), self.arena.shape);
         let (tables, lengths) = (upload(kernels, &self.tables), upload(kernels, &self.lengths));
         let q = upload(kernels, &self.q);
+        let scratch = DecodeScratch::new(kernels, arena_shape, self.shape.sequences);
+        let rows = (self.shape.sequences, self.shape.heads);
         let mut scratch =
-            DecodeScratch::new(kernels, arena_shape, self.shape.sequences).expect("memory");
+            scratch.expect("memory").with_prefixes(kernels, arena_shape, rows).expect("memory");
         let mut wanted = vec![0.0; self.q.len()];
         self.shape.reference(
             &self.arena.values(),
-            (&self.tables, &self.lengths),
+            (&self.meant(), &self.lengths),
             &widened(&self.q),
             &mut wanted,
         );
+        let prefixes = self.prefixes.as_ref();
+        let prefixes = prefixes.map(|all| all.each_ref().map(|values| upload(kernels, values)));
+        let prefixes = prefixes.as_ref().map(|[begins, blocks]| PrefixInput { begins, blocks });
         // Twice: what the first leaves must be what the second needs.
         for run in 0..2 {
             let mut out = poisoned(kernels, self.q.len());
-            let input = DecodeInput { tables: &tables, lengths: &lengths };
+            let input = DecodeInput { tables: &tables, lengths: &lengths, prefixes };
             kernels
                 .paged_decode(&self.shape, &arena, &input, (&q, &mut out), &mut scratch)
                 .expect("launch");
@@ -110,6 +138,27 @@ fn paged_decode_is_its_reference() {
 
 fn check_random<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
     Case::<T, KV>::random(random).check(kernels);
+}
+
+#[test]
+fn shared_prefixes_are_seen_by_all_of_their_group() {
+    let kernels = kernels();
+    cases(300, |random| any_kv_dtype!(random, check_shared(random, &kernels)));
+}
+
+fn check_shared<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    Case::<T, KV>::random(random).share(random).check(kernels);
+}
+
+/// Groups that do not follow each other share nothing.
+#[test]
+fn overlapping_groups_are_none() {
+    let kernels = kernels();
+    cases(20, |random| {
+        let mut case = Case::<bf16, bf16>::random(random);
+        case.prefixes = Some([vec![0, u32::MAX, 0, 1], vec![2, u32::MAX, 1]]);
+        case.check(&kernels);
+    });
 }
 
 /// Positions that nobody has written hold anything, also what is no number.
@@ -169,7 +218,7 @@ fn lengths_that_do_not_fit_are_refused() {
     let (tables, lengths) = (upload(&kernels, &case.tables), upload(&kernels, &case.lengths));
     let (q, mut out) = (upload(&kernels, &case.q), poisoned(&kernels, case.q.len()));
     let mut refuses = |shape: PagedDecode, word: &str| {
-        let input = DecodeInput { tables: &tables, lengths: &lengths };
+        let input = DecodeInput { tables: &tables, lengths: &lengths, prefixes: None };
         let error =
             kernels.paged_decode(&shape, &arena, &input, (&q, &mut out), &mut scratch).unwrap_err();
         assert!(error.to_string().contains(word), "{error}");

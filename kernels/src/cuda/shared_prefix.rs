@@ -1,0 +1,247 @@
+//! Decode attention to what sequences share: groups of consecutive sequences that begin with the same blocks, which are read once
+//! for all of them. [`super::PagedDecode`] queues it before its own kernel, which adds what it leaves.
+
+/// Which sequences share which first blocks, on the host: for references.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedPrefixes<'a> {
+    /// [groups + 1], ascending: the rows where groups begin. A group without rows is none.
+    pub begins: &'a [u32],
+    /// [groups], how many blocks a group shares: those of its first row's table count for all of its rows.
+    pub blocks: &'a [u32],
+}
+
+impl SharedPrefixes<'_> {
+    /// The tables as they are meant: rows of `width` blocks.
+    pub fn spread(&self, tables: &[u32], width: u32) -> Vec<u32> {
+        let (mut spread, width) = (tables.to_vec(), width as usize);
+        for (ends, blocks) in self.begins.windows(2).zip(self.blocks) {
+            let shared = width.min(*blocks as usize);
+            let first = ends[0] as usize * width;
+            for row in ends[0] as usize..ends[1] as usize {
+                spread.copy_within(first..first + shared, row * width);
+            }
+        }
+        spread
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub use launch::PrefixInput;
+#[cfg(feature = "cuda")]
+pub(super) use launch::{MODULE, PrefixArgument, PrefixScratch};
+
+#[cfg(feature = "cuda")]
+mod launch {
+    use cudarc::driver::{
+        CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    };
+
+    use crate::cpu::KernelError;
+    use crate::cuda::arena::ArenaArgument;
+    use crate::cuda::device::Module;
+    use crate::cuda::launch::{at_least, below, launched, len, same, score_scale};
+    use crate::cuda::{
+        Arena, ArenaShape, DecodeInput, DeviceError, Kernels, KvReal, LaunchError, PagedDecode,
+        Real,
+    };
+
+    /// As in the kernel: rows of a unit, and threads of a block.
+    const ROWS: u32 = 64;
+    const THREADS: u32 = 128;
+    /// Blocks of a multiprocessor.
+    const BLOCKS: u32 = 2;
+    /// Groups of a launch: their sums are in shared memory.
+    const MOST_GROUPS: u32 = 4096;
+
+    pub(in crate::cuda) const MODULE: Module = Module {
+        image: include_bytes!(concat!(env!("OUT_DIR"), "/shared_prefix.fatbin")),
+        functions: &[
+            "shared_prefix_bf16_64",
+            "shared_prefix_bf16_96",
+            "shared_prefix_bf16_128",
+            "shared_prefix_bf16_256",
+            "shared_prefix_bf16_e4m3_64",
+            "shared_prefix_bf16_e4m3_96",
+            "shared_prefix_bf16_e4m3_128",
+            "shared_prefix_bf16_e4m3_256",
+            "shared_prefix_f16_64",
+            "shared_prefix_f16_96",
+            "shared_prefix_f16_128",
+            "shared_prefix_f16_256",
+            "shared_prefix_f16_e4m3_64",
+            "shared_prefix_f16_e4m3_96",
+            "shared_prefix_f16_e4m3_128",
+            "shared_prefix_f16_e4m3_256",
+            "merge_prefixes_64",
+            "merge_prefixes_96",
+            "merge_prefixes_128",
+            "merge_prefixes_256",
+        ],
+        most_shared: 99 << 10,
+    };
+
+    /// What sequences share, in device memory: as [`super::SharedPrefixes`].
+    #[derive(Debug, Clone, Copy)]
+    pub struct PrefixInput<'a> {
+        pub begins: &'a CudaSlice<u32>,
+        pub blocks: &'a CudaSlice<u32>,
+    }
+
+    /// What the launches keep between their blocks, and leave for decode attention.
+    #[derive(Debug)]
+    pub(in crate::cuda) struct PrefixScratch {
+        parts: CudaSlice<f32>,
+        across: CudaSlice<u32>,
+        values: CudaSlice<f32>,
+        sums: CudaSlice<f32>,
+        lengths: CudaSlice<u32>,
+    }
+
+    /// `PrefixParts` in shared_prefix.cuh, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy, Default)]
+    pub(in crate::cuda) struct PrefixArgument {
+        values: u64,
+        sums: u64,
+        lengths: u64,
+    }
+
+    impl PrefixScratch {
+        pub(in crate::cuda) fn new(
+            kernels: &Kernels,
+            shape: ArenaShape,
+            (sequences, heads): (u32, u32),
+        ) -> Result<Self, DeviceError> {
+            let grid = BLOCKS * kernels.multiprocessors();
+            let rows = sequences as usize * heads as usize;
+            Ok(Self {
+                parts: kernels.memory((2 * grid * ROWS * (shape.head_dim + 2)) as usize)?,
+                across: kernels.memory(rows * 2)?,
+                values: kernels.memory(rows * shape.head_dim as usize)?,
+                sums: kernels.memory(rows * 2)?,
+                lengths: kernels.memory(sequences as usize)?,
+            })
+        }
+
+        pub(in crate::cuda) fn argument(&mut self, kernels: &Kernels) -> PrefixArgument {
+            let stream = kernels.stream();
+            PrefixArgument {
+                values: self.values.device_ptr_mut(stream).0,
+                sums: self.sums.device_ptr_mut(stream).0,
+                lengths: self.lengths.device_ptr_mut(stream).0,
+            }
+        }
+
+        fn check(
+            &self,
+            decode: &PagedDecode,
+            shape: &ArenaShape,
+            prefixes: &PrefixInput<'_>,
+        ) -> Result<u32, KernelError> {
+            let rows = len(&[decode.sequences, decode.heads]);
+            let groups = u32::try_from(prefixes.blocks.len()).unwrap_or(u32::MAX);
+            below("groups", groups, MOST_GROUPS + 1)?;
+            same("begins of groups", prefixes.begins.len(), groups as usize + 1)?;
+            at_least("rows of shared parts", self.sums.len(), 2 * rows)?;
+            at_least("shared parts", self.values.len(), rows * shape.head_dim as usize)?;
+            Ok(groups)
+        }
+    }
+
+    /// The kernel's argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Argument {
+        arena: ArenaArgument,
+        tables: u64,
+        lengths: u64,
+        begins: u64,
+        blocks: u64,
+        groups: u32,
+        sequences: u32,
+        table_width: u32,
+        layer: u32,
+        group: u32,
+        window: u32,
+        scale: f32,
+        soft_cap: f32,
+        parts: u64,
+        across: u64,
+        results: PrefixArgument,
+    }
+
+    // SAFETY: numbers alone, laid out as in C.
+    unsafe impl DeviceRepr for Argument {}
+
+    impl Kernels {
+        /// Queues attention to what is shared, for a launch of decode attention that was checked.
+        pub(in crate::cuda) fn shared_prefix<T: Real, KV: KvReal<T>>(
+            &self,
+            decode: &PagedDecode,
+            arena: &Arena<KV>,
+            (input, prefixes): (&DecodeInput<'_>, &PrefixInput<'_>),
+            q: &CudaSlice<T>,
+            scratch: &mut PrefixScratch,
+        ) -> Result<(), LaunchError> {
+            let groups = scratch.check(decode, &arena.shape, prefixes)?;
+            let dims = arena.shape.head_dim;
+            let function =
+                self.kernel(&format!("shared_prefix_{}{}_{dims}", T::NAME, KV::SUFFIX))?;
+            let (stream, results) = (self.stream(), scratch.argument(self));
+            let argument = Argument {
+                arena: arena.argument(self),
+                tables: input.tables.device_ptr(stream).0,
+                lengths: input.lengths.device_ptr(stream).0,
+                begins: prefixes.begins.device_ptr(stream).0,
+                blocks: prefixes.blocks.device_ptr(stream).0,
+                groups,
+                sequences: decode.sequences,
+                table_width: decode.table_width,
+                layer: decode.layer,
+                group: decode.heads / arena.shape.kv_heads,
+                window: decode.window.unwrap_or(0),
+                scale: score_scale(decode.scale, decode.soft_cap),
+                soft_cap: decode.soft_cap.unwrap_or(0.0),
+                parts: scratch.parts.device_ptr_mut(stream).0,
+                across: scratch.across.device_ptr_mut(stream).0,
+                results,
+            };
+            // Two stages of 64 positions, of 32 where heads are large.
+            let positions = if dims > 128 { 32 } else { 64 };
+            let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
+            let config = LaunchConfig {
+                grid_dim: (BLOCKS * self.multiprocessors(), 1, 1),
+                block_dim: (THREADS, 1, 1),
+                shared_mem_bytes: 2 * 2 * positions * row + 1024 + groups * 4,
+            };
+            let mut launch = stream.launch_builder(function);
+            launch.arg(&argument).arg(q);
+            // SAFETY: the arguments are those of `shared_prefix_*` in shared_prefix.cu, which stays within the lengths checked and
+            // bounds groups, blocks, lengths and block ids by them.
+            launched("shared_prefix", unsafe { launch.launch(config) })?;
+            let rows = decode.sequences * decode.heads;
+            let config = LaunchConfig {
+                grid_dim: (rows.div_ceil(THREADS / 32), 1, 1),
+                shared_mem_bytes: 0,
+                ..config
+            };
+            let mut launch = stream.launch_builder(self.kernel(&format!("merge_prefixes_{dims}"))?);
+            launch.arg(&argument);
+            // SAFETY: the argument is that of `merge_prefixes_*`, which reads what the launch before it has written.
+            launched("merge_prefixes", unsafe { launch.launch(config) })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_has_the_first_blocks_of_its_first_row() {
+        let prefixes = SharedPrefixes { begins: &[1, 3, 3, 4], blocks: &[2, 9, 9] };
+        let tables = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+        let wanted = [1, 2, 3, 4, 5, 6, 4, 5, 9, 10, 11, 12, 13, 14, 15];
+        assert_eq!(prefixes.spread(&tables, 3), wanted);
+    }
+}

@@ -4,7 +4,7 @@ use std::error::Error;
 
 use cudarc::driver::CudaSlice;
 use half::bf16;
-use kernels::cuda::{Linear, Onto, Products};
+use kernels::cuda::{LaunchError, Linear, Onto, Products};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -19,12 +19,14 @@ const SHAPES: [(u32, u32, Onto); 4] = [
     (14_336, 4096, Onto::Residual),
 ];
 /// Rows, and what cuBLAS takes for a layer on an H200, in microseconds.
-const CASES: [(u32, Option<f64>); 11] = [
+const CASES: [(u32, Option<f64>); 13] = [
     (1, Some(133.0)),
     (2, None),
     (4, None),
     (8, None),
     (16, None),
+    (32, None),
+    (48, None),
     (64, Some(140.0)),
     (128, Some(146.0)),
     (256, Some(195.0)),
@@ -64,13 +66,15 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
         for product in &mut layer {
             product.prepare(timer, count, &mut products)?;
         }
-        let name = format!("{count} rows, a layer");
-        rows.push(row(timer, name, (&mut layer, &mut products), rival)?);
-        if count == 1 || count == 16 || count == 64 {
-            for product in &mut layer {
+        let is_usable = products.stream_k.is_usable();
+        for way in Way::of(count).iter().filter(|it| is_usable || !matches!(it, Way::StreamK)) {
+            let name = format!("{count} rows, a layer");
+            rows.push(row(timer, (*way, name), (&mut layer, &mut products), rival)?);
+            for product in layer.iter_mut().filter(|_| count <= 512) {
                 let name =
                     format!("{count} x {} -> {}", product.shape.inputs, product.shape.outputs);
-                rows.push(row(timer, name, (std::slice::from_mut(product), &mut products), None)?);
+                let one = (std::slice::from_mut(product), &mut products);
+                rows.push(row(timer, (*way, name), one, None)?);
             }
         }
     }
@@ -78,16 +82,59 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
     Ok(rows)
 }
 
+/// How a product is computed.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// As `linear` chooses.
+    Chosen,
+    StreamK,
+    Library,
+}
+
+impl Way {
+    /// Those that are held against each other.
+    fn of(rows: u32) -> &'static [Self] {
+        match rows {
+            4..=512 => &[Self::Chosen, Self::StreamK, Self::Library],
+            _ => &[Self::Chosen],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Chosen => "linear",
+            Self::StreamK => "stream_k",
+            Self::Library => "cublaslt",
+        }
+    }
+
+    fn launch(
+        self,
+        timer: &Timer,
+        product: &mut Product,
+        index: usize,
+        products: &mut Products,
+    ) -> Result<(), LaunchError> {
+        let Product { shape, weights, x, out } = product;
+        let (kernels, given) = (&timer.kernels, (&*x, &weights[index % LAYERS]));
+        match self {
+            Self::Chosen => kernels.linear(shape, given, out, products),
+            Self::StreamK => kernels.stream_k(shape, given, out, &mut products.stream_k),
+            Self::Library => kernels.gemm(shape, given, out, &mut products.gemm),
+        }
+    }
+}
+
 /// Times some products, one after the other.
 fn row(
     timer: &Timer,
-    shape: String,
+    (way, shape): (Way, String),
     (layer, products): (&mut [Product], &mut Products),
     rival: Option<f64>,
 ) -> Result<Row, Box<dyn Error>> {
     let time = timer.time(4 * LAYERS, |index| {
-        for Product { shape, weights, x, out } in &mut *layer {
-            timer.kernels.linear(shape, (x, &weights[index % LAYERS]), out, products)?;
+        for product in &mut *layer {
+            way.launch(timer, product, index, products)?;
         }
         Ok(())
     })?;
@@ -98,7 +145,7 @@ fn row(
         .map(|it| (it.bytes() / timer.copy_rate / 1e3).max(it.operations() / ARITHMETIC))
         .sum();
     Ok(Row {
-        operation: "linear",
+        operation: way.name(),
         shape,
         time,
         floor,
@@ -118,7 +165,7 @@ impl Product {
         self.shape.rows = rows;
         self.x = timer.numbers(rows as usize * self.shape.inputs as usize, 5)?;
         self.out = timer.numbers(rows as usize * self.shape.outputs as usize, 6)?;
-        if rows > 16 {
+        if rows >= 4 {
             let weights: Vec<_> = self.weights.iter().collect();
             products.gemm.tune(&timer.kernels, &self.shape, (&self.x, &weights), &mut self.out)?;
             // What was added up again and again is no longer of the size of anything.

@@ -127,3 +127,16 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
 }
+
+// What follows in the stream may begin with what does not depend on this launch.
+__device__ __forceinline__ void let_next_begin() {
+#if BULK_COPIES
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits for the end of what is before in the stream.
+__device__ __forceinline__ void wait_for_previous() {
+#if BULK_COPIES
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -46,19 +46,6 @@ struct FewRow {
     __device__ __forceinline__ uint32_t x_pitch() const { return steps * SPAN * 2 + APART; }
 };
 
-// What follows in the stream may begin with what does not depend on this launch.
-__device__ __forceinline__ void let_next_begin() {
-#if BULK_COPIES
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// Waits for the end of what is before in the stream.
-__device__ __forceinline__ void wait_for_previous() {
-#if BULK_COPIES
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // 16 bytes on their way; zeros where nothing is there.
 __device__ __forceinline__ void copy_16_or_zeros(uint32_t to, const void* from, bool is_there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

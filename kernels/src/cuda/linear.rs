@@ -49,6 +49,7 @@ mod launch {
     use crate::cuda::few_row::{FewRowScratch, MOST_ROWS};
     use crate::cuda::gemm::Gemm;
     use crate::cuda::launch::{len, same, whole_eights};
+    use crate::cuda::stream_k::StreamKScratch;
     use crate::cuda::{DeviceError, Kernels, LaunchError, Real};
 
     impl Linear {
@@ -64,6 +65,7 @@ mod launch {
     #[derive(Debug)]
     pub struct Products {
         pub few_row: FewRowScratch,
+        pub stream_k: StreamKScratch,
         pub gemm: Gemm,
     }
 
@@ -79,6 +81,7 @@ mod launch {
         ) -> Result<Self, DeviceError> {
             Ok(Self {
                 few_row: FewRowScratch::new(kernels, shapes)?,
+                stream_k: StreamKScratch::new(kernels)?,
                 gemm: Gemm::open(kernels, choices)?,
             })
         }
@@ -87,8 +90,7 @@ mod launch {
     impl Kernels {
         /// Queues the product, by the way that is best for so many rows. Shapes as in [`Linear::reference`].
         ///
-        /// The weights of few rows are read ahead of what is before in the stream: they must not be what the launch just before
-        /// writes.
+        /// The weights may be read ahead of what is before in the stream: they must not be what the launch just before writes.
         ///
         /// # Errors
         /// When lengths do not fit, a row of x is no multiple of 8, or the library refuses.
@@ -99,7 +101,9 @@ mod launch {
             out: &mut CudaSlice<T>,
             products: &mut Products,
         ) -> Result<(), LaunchError> {
-            if shape.rows <= MOST_ROWS {
+            if products.stream_k.is_best(shape) {
+                self.stream_k(shape, (x, w), out, &mut products.stream_k)
+            } else if shape.rows <= MOST_ROWS {
                 self.few_row(shape, (x, w), out, &mut products.few_row)
             } else {
                 self.gemm(shape, (x, w), out, &mut products.gemm)

@@ -31,6 +31,8 @@ mod gemm;
 mod launch;
 #[cfg(feature = "cuda")]
 mod real;
+#[cfg(feature = "cuda")]
+mod stream_k;
 
 pub use arena::{ArenaShape, KvHalf, KvValues, Slot};
 pub use copy_blocks::copy_blocks_reference;
@@ -74,3 +76,5 @@ pub use sample::{Draw, Logit, Sample, SampleOutput, SampleScratch};
 pub use sampling_rows::{Admission, SamplingRows, SamplingShape};
 #[cfg(feature = "cuda")]
 pub use shared_prefix::PrefixInput;
+#[cfg(feature = "cuda")]
+pub use stream_k::StreamKScratch;

@@ -66,3 +66,39 @@ template <> __device__ __forceinline__ void multiply_registers<64, T>(float (&d)
 
 PRODUCTS(__nv_bfloat16, "bf16")
 PRODUCTS(__half, "f16")
+
+// The same for other widths; results come in sixteens.
+#define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_1 NAMES_0 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_2 NAMES_1 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_3 NAMES_2 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_4 NAMES_3 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_5 NAMES_4 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_6 NAMES_5 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define NAMES_7 NAMES_6 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SIXTEEN(i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), \
+    "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
+#define NUMBERS_0 SIXTEEN(0)
+#define NUMBERS_1 NUMBERS_0, SIXTEEN(16)
+#define NUMBERS_2 NUMBERS_1, SIXTEEN(32)
+#define NUMBERS_3 NUMBERS_2, SIXTEEN(48)
+#define NUMBERS_5 NUMBERS_3, SIXTEEN(64), SIXTEEN(80)
+#define NUMBERS_7 NUMBERS_5, SIXTEEN(96), SIXTEEN(112)
+
+// A, B, KEEP: the numbers of the operands that follow the results.
+#define PRODUCT_SHARED(T, NAME, N, RESULTS, A, B, KEEP) \
+template <> __device__ __forceinline__ void multiply_shared<N, T>(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #KEEP ", 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" NAMES_##RESULTS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}\n" \
+                 : NUMBERS_##RESULTS : "l"(a), "l"(b), "r"(keep)); \
+}
+#define PRODUCTS_SHARED(T, NAME) \
+    PRODUCT_SHARED(T, NAME, 32, 0, 16, 17, 18) \
+    PRODUCT_SHARED(T, NAME, 64, 1, 32, 33, 34) \
+    PRODUCT_SHARED(T, NAME, 96, 2, 48, 49, 50) \
+    PRODUCT_SHARED(T, NAME, 192, 5, 96, 97, 98) \
+    PRODUCT_SHARED(T, NAME, 256, 7, 128, 129, 130)
+
+PRODUCTS_SHARED(__nv_bfloat16, "bf16")
+PRODUCTS_SHARED(__half, "f16")

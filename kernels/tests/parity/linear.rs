@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use cudarc::driver::CudaSlice;
 use fastrand::Rng;
 use half::{bf16, f16};
-use kernels::cuda::{FewRowScratch, Gemm, Kernels, LaunchError, Linear, Onto, Products, Real};
+use kernels::cuda::{
+    FewRowScratch, Gemm, Kernels, LaunchError, Linear, Onto, Products, Real, StreamKScratch,
+};
 
 use crate::support::{
     cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
@@ -98,15 +100,48 @@ fn products_of_few_rows_are_their_reference() {
     });
 }
 
+/// A few of its rows or many, of tiles that are whole, in several pieces, or cut off by the matrix's end.
+fn stream_k_shape(random: &mut Rng) -> Linear {
+    let (rows, onto) = (random.u32(1..=512), onto(random));
+    let inputs = 8 * if random.u32(..4) == 0 { random.u32(400..2000) } else { random.u32(1..200) };
+    let outputs = 8 * if random.u32(..4) == 0 { random.u32(250..1200) } else { random.u32(1..40) };
+    // The reference takes a while.
+    let outputs = outputs.min(40_000_000 / (inputs * rows)).next_multiple_of(8).max(8);
+    Linear { rows, inputs, outputs, onto }
+}
+
+fn stream_k<T: Real>(random: &mut Rng, kernels: &Kernels) {
+    let shape = stream_k_shape(random);
+    let case = Case::<T>::filled(random, shape);
+    let mut scratch = StreamKScratch::new(kernels).expect("memory");
+    case.check(kernels, |[x, w], out| kernels.stream_k(&case.shape, (x, w), out, &mut scratch));
+}
+
+#[test]
+fn products_by_equal_shares_of_k_are_their_reference() {
+    let kernels = kernels();
+    if !StreamKScratch::new(&kernels).unwrap().is_usable() {
+        eprintln!("not tested: the device is no Hopper, or nothing was built for it");
+        return;
+    }
+    cases(200, |random| {
+        if random.bool() {
+            stream_k::<bf16>(random, &kernels)
+        } else {
+            stream_k::<f16>(random, &kernels)
+        }
+    });
+}
+
 /// Each launch reads its weights ahead, beside the one before it, whose result is its input.
 #[test]
 fn a_chain_of_products_is_the_same_every_time() {
     let kernels = kernels();
-    cases(5, |random| {
-        let rows = random.u32(1..=16);
+    cases(10, |random| {
+        let rows = random.u32(1..=32);
         let shape = |inputs, outputs, onto| Linear { rows, inputs, outputs, onto };
         let shapes = [shape(1024, 6144, Onto::Nothing), shape(6144, 1024, Onto::Residual)];
-        let mut scratch = FewRowScratch::new(&kernels, &shapes).unwrap();
+        let mut products = Products::open(&kernels, &shapes, None).unwrap();
         let weights: Vec<_> =
             (0..2).map(|_| upload(&kernels, &scaled(random, 1024 * 6144))).collect();
         let x = scaled(random, rows as usize * 1024);
@@ -115,13 +150,13 @@ fn a_chain_of_products_is_the_same_every_time() {
             let mut inner = poisoned::<bf16>(&kernels, rows as usize * 6144);
             for _ in 0..20 {
                 kernels
-                    .few_row(&shapes[0], (&residual, &weights[0]), &mut inner, &mut scratch)
+                    .linear(&shapes[0], (&residual, &weights[0]), &mut inner, &mut products)
                     .unwrap();
                 if waits {
                     kernels.stream().synchronize().unwrap();
                 }
                 kernels
-                    .few_row(&shapes[1], (&inner, &weights[1]), &mut residual, &mut scratch)
+                    .linear(&shapes[1], (&inner, &weights[1]), &mut residual, &mut products)
                     .unwrap();
                 if waits {
                     kernels.stream().synchronize().unwrap();

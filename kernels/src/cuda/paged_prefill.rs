@@ -214,10 +214,11 @@ mod launch {
                 (true, Some(_)) => ("prefill_90_capped", dims * 2),
             };
             let function = self.kernel(&format!("{prefix}_{}{}_{dims}", T::NAME, KV::SUFFIX))?;
-            // Hopper: q twice, and two stages of 128 positions; else two stages of 64, of 32 where heads are large.
+            // Hopper: two stages of 128 rows of q, K and V, and 8 rows of results for each of 8 warps; else two stages of 64
+            // positions, of 32 where heads are large.
             let positions = if dims > 128 { 32 } else { 64 };
             let tiles = if is_hopper {
-                (2 * 128 + 2 * 2 * 128) * row
+                (3 * 2 * 128 + 8 * 8) * row
             } else {
                 2 * 2 * positions * dims * bytes
             };

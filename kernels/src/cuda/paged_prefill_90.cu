@@ -1,6 +1,6 @@
-// Paged prefill attention for sm_90a, after FlashAttention-3 (Shah et al., arXiv 2407.08608): one warp asks for K and V through the
-// block table, two warpgroups have 64 rows each; while one takes exponentials the other multiplies, and each has the next tile's
-// scores on their way while it works on this one's. Blocks of the arena come as they are: they are stored as the matrix
+// Paged prefill attention for sm_90a, after FlashAttention-3 (Shah et al., arXiv 2407.08608): one warp takes work, three ask for
+// queries, K and V, the last two through the block table; two warpgroups have 64 rows each, with the next tile's scores on their way
+// while they work on this one's, over the ends of units too. Blocks of the arena come as they are: they are stored as the matrix
 // instructions want them.
 #include "paged_prefill.cuh"
 
@@ -13,31 +13,67 @@ constexpr int STAGES = 2;
 constexpr int GROUP_THREADS = 128;
 constexpr int CONSUMERS = 2;
 constexpr int CONSUMER_WARPS = CONSUMERS * GROUP_THREADS / WARP;
+// What warps ask for, in the order of the warps.
+enum Asked : uint32_t { K, V, Q, ASKED };
+
+// Units that blocks have taken beside their first; 0 before a launch and after it. Launches follow each other.
+__device__ uint32_t taken;
+
+// Arrives without a branch, behind which the compiler would compute the address.
+__device__ __forceinline__ void arrive_if(bool is_so, uint32_t barrier) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%1];\n}\n"
+                 :: "r"(static_cast<int>(is_so)), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ uint32_t lane_id() {
+    uint32_t id;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(id));
+    return id;
+}
+
+// A unit and the tiles of positions it sees, one at least, the last of them first.
+struct Work {
+    Unit unit;
+    Rows rows;
+    bool is_none;
+    int32_t first;
+    int32_t last;
+
+    __device__ __forceinline__ Work(const Prefill& prefill, const uint32_t* before, uint32_t index, uint32_t units)
+        : unit(unit_of<ROWS>(prefill, before, index)), rows(prefill, unit.sequence), is_none(index >= units) {
+        uint32_t end = sight(prefill, rows, unit.first_row + min(static_cast<uint32_t>(ROWS), left(prefill)) - 1).to;
+        first = sight(prefill, rows, unit.first_row).from / POSITIONS;
+        last = max(first, static_cast<int32_t>(end + POSITIONS - 1) / POSITIONS - 1);
+    }
+
+    // Rows of the sequence from the unit's first on.
+    __device__ __forceinline__ uint32_t left(const Prefill& prefill) const { return rows.count * prefill.group - unit.first_row; }
+
+    // Where a row of the unit is among the rows of q, which are heads of tokens.
+    __device__ __forceinline__ uint32_t place(const Prefill& prefill, uint32_t row) const {
+        uint32_t at = unit.first_row + row, group = prefill.group;
+        return ((rows.begin + at / group) * prefill.arena.kv_heads + unit.head) * group + at % group;
+    }
+};
 
 template <typename T, int D> struct Memory {
     static constexpr int TILE_BYTES = POSITIONS / ATOM_ROWS * Layout<T, D>::GROUP;
-    // This unit's and the next one's.
-    alignas(1024) uint8_t q[CONSUMERS][2][64 / ATOM_ROWS * Layout<T, D>::GROUP];
-    alignas(1024) uint8_t kv[2][STAGES][TILE_BYTES];
-    uint64_t full[2][STAGES];
-    uint64_t free[2][STAGES];
-    // Blocks of a stage's tile that are not there, a bit each.
+    alignas(1024) uint8_t tiles[ASKED][STAGES][TILE_BYTES];
+    // 8 rows of results of a warp, on their way out.
+    alignas(16) uint8_t results[CONSUMER_WARPS][Layout<T, D>::GROUP];
+    uint64_t full[ASKED][STAGES];
+    uint64_t free[ASKED][STAGES];
+    // V that has come and is to be cleared in part.
+    uint64_t landed;
+    uint64_t work_full;
+    uint64_t work_free;
+    alignas(Work) uint8_t work[sizeof(Work)];
+    // Positions of a stage's tile whose blocks are not there, a bit for each 8.
     uint32_t absent[STAGES];
     uint32_t scratch[WARP];
     uint32_t before[1];  // [sequences + 1]
 };
-
-// Which tiles of positions a unit sees, the last first.
-struct Range {
-    int32_t first;
-    int32_t last;
-
-    __device__ __forceinline__ Range(const Prefill& prefill, const Rows& rows, const Unit& unit) {
-        uint32_t all = rows.count * prefill.group;
-        first = sight(prefill, rows, unit.first_row).from / POSITIONS;
-        last = static_cast<int32_t>(sight(prefill, rows, min(unit.first_row + ROWS, all) - 1).to + POSITIONS - 1) / POSITIONS - 1;
-    }
-};
+static_assert(ROWS == POSITIONS, "tiles of q are as large as those of K");
 
 struct Stage {
     uint32_t index = 0;
@@ -50,54 +86,134 @@ struct Stage {
     }
 };
 
-// The warp that asks, a lane for each block of a tile: K of a tile before V of the one before it, as they are used.
+// The warp that takes work when the block needs some, since units differ in what they see.
+template <typename T, int D> __device__ __forceinline__ void take_work(const Prefill& prefill, Memory<T, D>& memory) {
+    uint32_t units = memory.before[prefill.sequences] * prefill.arena.kv_heads, index = blockIdx.x, lane = threadIdx.x % WARP;
+    for (uint32_t parity = 1;; parity ^= 1) {
+        Work work(prefill, memory.before, index, units);
+        barrier_wait(shared_address(&memory.work_free), parity);
+        __syncwarp();
+        if (lane == 0) {
+            *reinterpret_cast<Work*>(memory.work) = work;
+            barrier_arrive(shared_address(&memory.work_full));
+        }
+        if (work.is_none) return;
+        // All blocks together do so once for each unit: for all but their first, and once in vain, which makes it 0 again.
+        if (lane == 0) index = gridDim.x + atomicInc(&taken, units - 1);
+        index = __shfl_sync(~0u, index, 0);
+    }
+}
+
+template <typename T, int D> __device__ __forceinline__ Work await_work(Memory<T, D>& memory, uint32_t& parity) {
+    barrier_wait(shared_address(&memory.work_full), parity);
+    parity ^= 1;
+    Work work = *reinterpret_cast<Work*>(memory.work);
+    barrier_arrive(shared_address(&memory.work_free));
+    return work;
+}
+
+// A warp that asks for tiles of one kind.
 template <typename T, int D> struct Producer {
+    using L = Layout<T, D>;
+    static constexpr uint32_t CHUNKS = L::ROW / 16;
+
     const Prefill& prefill;
     Memory<T, D>& memory;
-    Stage k, v;
+    Asked which;
+    const T* queries;
+    uint32_t parity = 0, landings = 0;
+    Stage stage;
     uint32_t lane = threadIdx.x % WARP;
 
-    __device__ __forceinline__ void unit(const Unit& unit) {
-        Rows rows(prefill, unit.sequence);
-        Range range(prefill, rows, unit);
-        uint32_t id = block_of(unit, rows, range.last);
-        ask(unit, 0, k, id);
-        for (int32_t tile = range.last; tile >= range.first; tile--) {
-            uint32_t next = 0;
-            if (tile > range.first) {
-                next = block_of(unit, rows, tile - 1);
-                ask(unit, 0, k, next);
+    __device__ __forceinline__ void run() {
+        while (true) {
+            Work work = await_work(memory, parity);
+            if (work.is_none) return;
+            if (which == Q) ask_queries(work);
+            else ask_tiles(work);
+        }
+    }
+
+    __device__ __forceinline__ uint8_t* await_stage() {
+        barrier_wait(shared_address(&memory.free[which][stage.index]), stage.parity ^ 1);
+        // One lane goes on to fill it: the others may not still wait when it is free again.
+        __syncwarp();
+        return memory.tiles[which][stage.index];
+    }
+
+    // What this warp has stored itself is there.
+    __device__ __forceinline__ void tell() {
+        proxy_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&memory.full[which][stage.index]));
+    }
+
+    // Rows that are of nobody are cleared.
+    __device__ __forceinline__ void ask_queries(const Work& work) {
+        uint32_t tile = shared_address(await_stage()), left = work.left(prefill), places[ROWS / WARP];
+#pragma unroll
+        for (uint32_t block = 0; block < ROWS / WARP; block++) places[block] = work.place(prefill, min(block * WARP + lane, left - 1));
+#pragma unroll 1
+        for (uint32_t step = 0; step < CHUNKS; step++) {
+            uint32_t row = (step * WARP + lane) / CHUNKS, chunk = lane % CHUNKS, to = tile + L::chunk(row, chunk);
+#pragma unroll
+            for (uint32_t block = 0; block < ROWS / WARP; block++) {
+                size_t place = __shfl_sync(~0u, places[block], row);
+                auto from = reinterpret_cast<const uint4*>(queries) + place * CHUNKS + chunk;
+                copy_16_if(block * WARP + row < left, to + block * WARP / ATOM_ROWS * L::GROUP, from);
             }
-            ask(unit, 1, v, id);
+        }
+        commit_copies();
+        wait_for_copies<0>();
+        tell();
+        stage.next();
+    }
+
+    __device__ __forceinline__ void ask_tiles(const Work& work) {
+        uint32_t id = block_of(work, work.last);
+        for (int32_t tile = work.last; tile >= work.first; tile--) {
+            uint32_t next = tile > work.first ? block_of(work, tile - 1) : 0;
+            ask(work, tile, id);
             id = next;
         }
     }
 
     // The block of this lane; none where there is none, or it is not the arena's.
-    __device__ __forceinline__ uint32_t block_of(const Unit& unit, const Rows& rows, uint32_t tile) {
+    __device__ __forceinline__ uint32_t block_of(const Work& work, uint32_t tile) {
         uint32_t size = prefill.arena.block_size, index = tile * (POSITIONS / size) + lane;
-        if (lane >= POSITIONS / size || index * size >= rows.context) return ~0u;
-        return prefill.tables[static_cast<size_t>(unit.sequence) * prefill.table_width + index];
+        if (lane >= POSITIONS / size || index * size >= work.rows.context) return ~0u;
+        return prefill.tables[static_cast<size_t>(work.unit.sequence) * prefill.table_width + index];
     }
 
-    __device__ __forceinline__ void ask(const Unit& unit, uint32_t which, Stage& stage, uint32_t id) {
-        using L = Layout<T, D>;
+    // A lane for each block.
+    __device__ __forceinline__ void ask(const Work& work, int32_t tile, uint32_t id) {
         const KvArena& arena = prefill.arena;
-        uint32_t blocks = POSITIONS / arena.block_size, bytes = arena.block_size / ATOM_ROWS * L::GROUP;
-        bool is_there = id < arena.blocks;
-        uint32_t there = __ballot_sync(~0u, is_there);
-        uint32_t full = shared_address(&memory.full[which][stage.index]);
-        barrier_wait(shared_address(&memory.free[which][stage.index]), stage.parity ^ 1);
+        uint32_t bytes = arena.block_size / ATOM_ROWS * L::GROUP, there = __ballot_sync(~0u, id < arena.blocks);
+        uint32_t absent = __ballot_sync(~0u, lane < POSITIONS / 8 && (there >> (lane * 8 / arena.block_size) & 1) == 0);
+        bool has_gaps = which == V && (absent != 0 || (tile + 1) * POSITIONS > work.rows.context);
+        uint32_t to = shared_address(await_stage());
+        uint32_t barrier = shared_address(has_gaps ? &memory.landed : &memory.full[which][stage.index]);
         if (lane == 0) {
-            if (which == 0) memory.absent[stage.index] = ~there & ((1u << blocks) - 1);
-            barrier_expect(full, __popc(there) * bytes);
+            if (which == K) memory.absent[stage.index] = absent;
+            barrier_expect(barrier, __popc(there) * bytes);
         }
         __syncwarp();
-        if (is_there) {
-            const uint8_t* from = arena.data + L::head(arena, id, prefill.layer, which, unit.head);
-            bulk_copy<EVICT_NORMAL>(shared_address(memory.kv[which][stage.index]) + lane * bytes, from, bytes, full);
+        if (id < arena.blocks) {
+            const uint8_t* from = arena.data + L::head(arena, id, prefill.layer, which, work.unit.head);
+            bulk_copy<EVICT_NORMAL>(to + lane * bytes, from, bytes, barrier);
         }
+        if (has_gaps) clear(work, tile, absent);
         stage.next();
+    }
+
+    // Clears the rows of V that are of nobody: a weight of nothing times what is no number is no number.
+    __device__ __forceinline__ void clear(const Work& work, int32_t tile, uint32_t absent) {
+        barrier_wait(shared_address(&memory.landed), landings++ & 1);
+        for (uint32_t row = lane; row < POSITIONS; row += WARP)
+            if (tile * POSITIONS + row >= work.rows.context || (absent >> (row / 8) & 1) != 0)
+                for (uint32_t chunk = 0; chunk < CHUNKS; chunk++)
+                    *reinterpret_cast<uint4*>(memory.tiles[V][stage.index] + L::chunk(row, chunk)) = uint4{0, 0, 0, 0};
+        tell();
     }
 };
 
@@ -105,118 +221,170 @@ template <typename T, int D> struct Producer {
 template <typename T, int D, bool CAPPED> struct Consumer {
     using L = Layout<T, D>;
     static constexpr int SCORES = POSITIONS / 2;
+    static constexpr uint32_t CHUNKS = L::ROW / 16;
+    // A thread's weights of a row and tile sum up to this at most, so that each is an f16.
+    static constexpr float MOST_SUM = 4096;
 
     const Prefill& prefill;
     Memory<T, D>& memory;
-    uint32_t q_index = 0;
-    uint32_t group = threadIdx.x / GROUP_THREADS - 1, thread = threadIdx.x % GROUP_THREADS, lane = threadIdx.x % WARP;
-    Stage k, v;
+    T* results;
+    uint32_t parity;
+    // Whose scores are the latest, and what comes after and was before it, whose results may not be written yet.
+    Work work, next, done;
+    int32_t tile;
+    Stage stages[ASKED];
+    // Uniform, and read once: the compiler would do so at each use.
+    uint32_t group = __shfl_sync(~0u, threadIdx.x / GROUP_THREADS, 0) - 1, lane = lane_id();
+    uint32_t warp = group * (GROUP_THREADS / WARP) + threadIdx.x / WARP % (GROUP_THREADS / WARP);
+    // Blocks of the tile that are not there.
+    uint32_t absent;
     float out[D / 2];
-    uint32_t weights[POSITIONS / 16][4];
-    float most[2], sum[2];
+    // Of the tile that is added, and of the one after it.
+    uint32_t weights[POSITIONS / 16][4], coming[POSITIONS / 16][4];
+    float most[2], sum[2], done_sum[2], factors[2];
+    // Whether `factors` are not 1.
+    bool is_rebased;
     Sight sights[2];
+    // 0, which the compiler does not know.
+    uint32_t nothing = prefill.tokens >> 31;
 
-    __device__ __forceinline__ size_t place(const Rows& rows, const Unit& unit, uint32_t row) {
-        size_t token = rows.begin + row / prefill.group, heads = prefill.arena.kv_heads * prefill.group;
-        return (token * heads + unit.head * prefill.group + row % prefill.group) * D;
-    }
-
-    // Asks for a unit's queries; rows that are of nobody are cleared.
-    __device__ __forceinline__ void ask_queries(const Unit& unit, uint32_t index, const T* queries) {
-        constexpr uint32_t CHUNKS = L::ROW / 16;
-        Rows rows(prefill, unit.sequence);
-        uint32_t all = rows.count * prefill.group;
-#pragma unroll
-        for (uint32_t i = thread; i < 64 * CHUNKS; i += GROUP_THREADS) {
-            uint32_t row = i / CHUNKS, at = unit.first_row + group * 64 + row;
-            uint8_t* to = memory.q[group][index] + L::chunk(row, i % CHUNKS);
-            if (at < all) copy_16(shared_address(to), reinterpret_cast<const uint4*>(queries + place(rows, unit, at)) + i % CHUNKS);
-            else *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+    __device__ __forceinline__ void run() {
+        float s[SCORES];
+        begin();
+        score(s);
+        look_ahead();
+        products_wait<0>();
+        take_scores(s, true);
+        clear_out();
+        bool is_new = false;
+        // The loop begins where V is waited for: the compiler does not move the wait over its end, before the exponentials.
+        for (bool is_first = true;; is_first = false) {
+            products_wait<0>();
+            settle(out);
+            if (!is_first) release(V);
+            if (is_new) finish();
+            else if (is_rebased) rescale();
+            take_weights();
+            is_new = tile == work.first;
+            if (is_new && next.is_none) break;
+            if (is_new) begin();
+            else tile--;
+            score(s);
+            add_values();
+            look_ahead();
+            products_wait<1>();
+            take_scores(s, is_new);
         }
-        commit_copies();
+        add_values();
+        products_wait<0>();
+        settle(out);
+        write(work, sum);
     }
 
-    __device__ __forceinline__ void await_queries() {
-        wait_for_copies<0>();
-        proxy_fence();
-        meet(1 + group, GROUP_THREADS);
+    // Goes on to the next unit; the results of the one before it are not complete yet.
+    __device__ __forceinline__ void begin() {
+        done = work;
+        work = next;
+        tile = work.last;
+        uint32_t row = work.unit.first_row + warp * 16 + lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            done_sum[half] = sum[half];
+            sum[half] = 0;
+            most[half] = -INFINITY;
+            sights[half] = sight(prefill, work.rows, row + half * 8);
+        }
+        barrier_wait(full(Q), stages[Q].parity);
     }
 
-    // Queues the scores of the next tile of K.
+    __device__ __forceinline__ void finish() {
+        write(done, done_sum);
+        clear_out();
+    }
+
+    // At the last tile of a unit: what comes after it.
+    __device__ __forceinline__ void look_ahead() {
+        if (tile == work.first) next = await_work(memory, parity);
+    }
+
+    __device__ __forceinline__ uint32_t full(Asked which) { return shared_address(&memory.full[which][stages[which].index]); }
+    __device__ __forceinline__ uint32_t address(Asked which) { return shared_address(memory.tiles[which][stages[which].index]); }
+
+    __device__ __forceinline__ void release(Asked which) {
+        __syncwarp();
+        arrive_if(lane == 0, shared_address(&memory.free[which][stages[which].index]));
+        stages[which].next();
+    }
+
+    // Queues the scores of the tile.
     __device__ __forceinline__ void score(float (&s)[SCORES]) {
-        barrier_wait(shared_address(&memory.full[0][k.index]), k.parity);
-        uint32_t q = shared_address(memory.q[group][q_index]), keys = shared_address(memory.kv[0][k.index]);
+        barrier_wait(full(K), stages[K].parity);
+        absent = __shfl_sync(~0u, lane == 0 ? memory.absent[stages[K].index] : 0, 0);
+        uint64_t q = operand(address(Q) + group * 64 / ATOM_ROWS * L::GROUP, 0, L::GROUP), keys = operand(address(K), 0, L::GROUP);
         products_begin();
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             uint32_t offset = step / 4 * L::ATOM + step % 4 * 32;
-            multiply_shared<POSITIONS, T>(s, operand(q + offset, 0, L::GROUP), operand(keys + offset, 0, L::GROUP), step != 0);
+            multiply_shared<POSITIONS, T>(s, further(q, offset), further(keys, offset), step != 0);
         }
         products_commit();
     }
 
     // Queues the weighted sum of the next tile of V.
-    __device__ __forceinline__ void add_values(const Rows& rows, int32_t tile, uint32_t absent) {
-        barrier_wait(shared_address(&memory.full[1][v.index]), v.parity);
-        if (absent != 0 || (tile + 1) * POSITIONS > rows.context) clear(rows, tile, absent);
-        uint32_t values = shared_address(memory.kv[1][v.index]);
+    __device__ __forceinline__ void add_values() {
+        barrier_wait(full(V), stages[V].parity);
+        uint64_t values = operand(address(V), L::ATOM, L::GROUP);
         products_begin();
 #pragma unroll
         for (int step = 0; step < POSITIONS / 16; step++)
-            multiply_registers<D, T>(out, weights[step], operand(values + step * 2 * L::GROUP, L::ATOM, L::GROUP));
+            multiply_registers<D, T>(out, weights[step], further(values, step * 2 * L::GROUP));
         products_commit();
     }
 
-    __device__ __forceinline__ bool is_gone(const Rows& rows, uint32_t position, uint32_t absent) {
-        return position >= rows.context || (absent >> (position % POSITIONS / prefill.arena.block_size) & 1) != 0;
-    }
-
-    // Clears the rows of V that are of nobody: a weight of nothing times what is no number is no number. The first warpgroup
-    // does it for both, which come here for the same tiles.
-    __device__ __forceinline__ void clear(const Rows& rows, int32_t tile, uint32_t absent) {
-        uint32_t row = threadIdx.x - GROUP_THREADS;
-        if (row < POSITIONS && is_gone(rows, tile * POSITIONS + row, absent))
-            for (uint32_t chunk = 0; chunk < L::ROW / 16; chunk++)
-                *reinterpret_cast<uint4*>(memory.kv[1][v.index] + L::chunk(row, chunk)) = uint4{0, 0, 0, 0};
-        proxy_fence();
-        meet(1 + CONSUMERS, CONSUMERS * GROUP_THREADS);
-    }
-
-    __device__ __forceinline__ void release(uint32_t which, Stage& stage) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&memory.free[which][stage.index]));
-        stage.next();
+    // Turns the scores into the next weights.
+    __device__ __forceinline__ void take_scores(float (&s)[SCORES], bool is_new) {
+        settle(s);
+        release(K);
+        if (tile == work.first) release(Q);
+        if (CAPPED)
+#pragma unroll
+            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill.soft_cap, s[i] * prefill.scale);
+        int32_t first = tile * POSITIONS;
+        bool is_whole = first + POSITIONS <= min(sights[0].to, sights[1].to) && first >= max(sights[0].from, sights[1].from);
+        if (absent != 0 || !is_whole) mask(s);
+        weigh(s, is_new);
     }
 
     // What a row does not see becomes nothing.
-    __device__ __forceinline__ void mask(const Rows& rows, int32_t tile, uint32_t absent, float (&s)[SCORES]) {
-        int32_t first = tile * POSITIONS, own = first + lane % 4 * 2;
-        int32_t to = min(sights[0].to, sights[1].to), from = max(sights[0].from, sights[1].from);
-        if (absent == 0 && first + POSITIONS <= to && first >= from) return;
-        int32_t begins[2], ends[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            begins[half] = static_cast<int32_t>(sights[half].from) - own;
-            ends[half] = static_cast<int32_t>(sights[half].to) - own;
-        }
+    __device__ __forceinline__ void mask(float (&s)[SCORES]) {
+        int32_t own = tile * POSITIONS + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < SCORES; i++) {
-            int32_t column = i / 4 * 8 + i % 2;
-            if (column < begins[i / 2 % 2] || column >= ends[i / 2 % 2]) s[i] = -INFINITY;
+            int32_t column = i / 4 * 8 + i % 2, from = sights[i / 2 % 2].from - own, to = sights[i / 2 % 2].to - own;
+            if (column < from || column >= to) s[i] = -INFINITY;
         }
         if (absent == 0) return;
 #pragma unroll
         for (int i = 0; i < SCORES; i++)
-            if (is_gone(rows, own + i / 4 * 8 + i % 2, absent)) s[i] = -INFINITY;
+            if ((absent >> (i / 4) & 1) != 0) s[i] = -INFINITY;
     }
 
-    // Turns scores into weights in place; gives the factors of what was summed before.
-    __device__ __forceinline__ void weigh(const Rows& rows, int32_t tile, uint32_t absent, float (&s)[SCORES], float (&factors)[2]) {
-        if (CAPPED)
-#pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill.soft_cap, s[i] * prefill.scale);
-        float scale = CAPPED ? 1 : prefill.scale;
-        mask(rows, tile, absent, s);
+    // Exponentials are to the base of the largest score so far. One that is far above it shows in the sums, and only then, or where a
+    // unit begins, the largest is looked for.
+    __device__ __forceinline__ void weigh(const float (&s)[SCORES], bool is_new) {
+        float scale = CAPPED ? 1 : prefill.scale, bases[2] = {most[0] * scale, most[1] * scale}, total[2] = {INFINITY, INFINITY};
+        if (!is_new) add_weights(s, scale, bases, total);
+        is_rebased = !__all_sync(~0u, total[0] <= MOST_SUM && total[1] <= MOST_SUM);
+        if (is_rebased) {
+            rebase(s, scale, bases);
+            add_weights(s, scale, bases, total);
+        }
+        sum[0] += total[0];
+        sum[1] += total[1];
+    }
+
+    // Takes the largest scores for bases, with the factors of what was added before.
+    __device__ __forceinline__ void rebase(const float (&s)[SCORES], float scale, float (&bases)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float top = most[half];
@@ -224,119 +392,97 @@ template <typename T, int D, bool CAPPED> struct Consumer {
             for (int i = 0; i < SCORES; i += 4) top = fmaxf(top, fmaxf(s[i + half * 2], s[i + half * 2 + 1]));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            float base = top == -INFINITY ? 0 : top * scale;
-            factors[half] = exp2_fast(most[half] * scale - base);
+            bases[half] = top == -INFINITY ? 0 : top * scale;
+            factors[half] = exp2_fast(most[half] * scale - bases[half]);
+            sum[half] *= factors[half];
             most[half] = top;
-            float total = 0;
-#pragma unroll
-            for (int i = 0; i < SCORES; i += 4)
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    float& value = s[i + half * 2 + k];
-                    value = exp2_fast(fmaf(value, scale, -base));
-                    total += value;
-                }
-            sum[half] = sum[half] * factors[half] + total;
         }
     }
 
-    __device__ __forceinline__ void keep(const float (&s)[SCORES]) {
+    __device__ __forceinline__ void add_weights(const float (&s)[SCORES], float scale, const float (&bases)[2], float (&total)[2]) {
+        total[0] = total[1] = 0;
+#pragma unroll
+        for (int i = 0; i < SCORES; i += 2) {
+            float base = bases[i / 2 % 2], low = exp2_fast(fmaf(s[i], scale, -base)), high = exp2_fast(fmaf(s[i + 1], scale, -base));
+            total[i / 2 % 2] += low + high;
+            coming[i / 8][i / 2 % 4] = pack<T>(low, high);
+        }
+    }
+
+    // Reads the old weights once more, since until here products read them: else the compiler has the new ones in their registers.
+    __device__ __forceinline__ void take_weights() {
 #pragma unroll
         for (int step = 0; step < POSITIONS / 16; step++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) weights[step][i] = pack<T>(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
+            for (int i = 0; i < 4; i++) weights[step][i] = (weights[step][i] & nothing) | coming[step][i];
     }
 
-    // Computes a unit, whose queries were asked for, and asks for those of the next.
-    __device__ __forceinline__ void unit(const Unit& unit, const Unit* next, const T* queries, T* results) {
-        Rows rows(prefill, unit.sequence);
-        Range range(prefill, rows, unit);
-        uint32_t row = unit.first_row + group * 64 + thread / WARP * 16 + lane / 4;
-        sights[0] = sight(prefill, rows, row);
-        sights[1] = sight(prefill, rows, row + 8);
-        await_queries();
-        if (next != nullptr) ask_queries(*next, q_index ^ 1, queries);
+    __device__ __forceinline__ void rescale() {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) out[i] *= factors[i / 2 % 2];
+    }
+
+    __device__ __forceinline__ void clear_out() {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) out[i] = 0;
-        most[0] = most[1] = -INFINITY;
-        sum[0] = sum[1] = 0;
-        float s[SCORES], factors[2];
-        int32_t tile = range.last;
-        score(s);
-        uint32_t absent = memory.absent[k.index];
-        products_wait<0>();
-        settle(s);
-        release(0, k);
-        weigh(rows, tile, absent, s, factors);
-        keep(s);
-        while (--tile >= range.first) {
-            score(s);
-            uint32_t absent_now = memory.absent[k.index];
-            add_values(rows, tile + 1, absent);
-            absent = absent_now;
-            products_wait<1>();
-            settle(s);
-            release(0, k);
-            weigh(rows, tile, absent, s, factors);
-            products_wait<0>();
-            settle(out);
-            release(1, v);
-#pragma unroll
-            for (int i = 0; i < D / 2; i++) out[i] *= factors[i / 2 % 2];
-            keep(s);
-        }
-        add_values(rows, tile + 1, absent);
-        products_wait<0>();
-        settle(out);
-        release(1, v);
-        write(rows, unit, row, results);
-        q_index ^= 1;
     }
 
-    __device__ __forceinline__ void write(const Rows& rows, const Unit& unit, uint32_t row, T* results) {
+    // Writes the rows of a unit, 8 of a warp at a time, through shared memory so that whole rows go out.
+    __device__ __forceinline__ void write(const Work& of, float (&total)[2]) {
+        // Read anew, since the compiler would compute the addresses at every tile.
+        uint32_t lane = lane_id(), own = of.place(prefill, warp * 16 + lane % 16), left = of.left(prefill);
+        uint8_t* rows = memory.results[warp];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-            sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-            float factor = sum[half] == 0 ? 0 : 1 / sum[half];
-            if (row + half * 8 >= rows.count * prefill.group) continue;
-            T* to = results + place(rows, unit, row + half * 8) + lane % 4 * 2;
+            total[half] += __shfl_xor_sync(~0u, total[half], 1);
+            total[half] += __shfl_xor_sync(~0u, total[half], 2);
+            float factor = total[half] == 0 ? 0 : __fdividef(1, total[half]);
 #pragma unroll
             for (int i = 0; i < D / 8; i++)
-                *reinterpret_cast<uint32_t*>(to + i * 8) = pack<T>(out[i * 4 + half * 2] * factor, out[i * 4 + half * 2 + 1] * factor);
+                *reinterpret_cast<uint32_t*>(rows + L::chunk(lane / 4, i) + lane % 4 * 4) =
+                    pack<T>(out[i * 4 + half * 2] * factor, out[i * 4 + half * 2 + 1] * factor);
+            __syncwarp();
+#pragma unroll
+            for (uint32_t first = 0; first < 8 * CHUNKS; first += WARP) {
+                uint32_t row = (first + lane) / CHUNKS, at = half * 8 + row, place = __shfl_sync(~0u, own, at);
+                uint4 chunk = *reinterpret_cast<const uint4*>(rows + L::chunk(row, lane % CHUNKS));
+                auto to = reinterpret_cast<uint4*>(results) + static_cast<size_t>(place) * CHUNKS + lane % CHUNKS;
+                if (warp * 16 + at < left) *to = chunk;
+            }
+            __syncwarp();
         }
     }
 };
+
+template <typename T, int D> __device__ __forceinline__ void make_barriers(Memory<T, D>& memory) {
+    barrier_init(shared_address(&memory.landed), 1);
+    barrier_init(shared_address(&memory.work_full), 1);
+    barrier_init(shared_address(&memory.work_free), (CONSUMER_WARPS + ASKED) * WARP);
+    for (int which = 0; which < ASKED; which++)
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(shared_address(&memory.full[which][stage]), 1);
+            barrier_init(shared_address(&memory.free[which][stage]), CONSUMER_WARPS);
+        }
+}
 
 template <typename T, int D, bool CAPPED>
 __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const T* queries, T* results) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     auto& memory = *reinterpret_cast<Memory<T, D>*>(bytes);
-    if (threadIdx.x == 0)
-        for (int which = 0; which < 2; which++)
-            for (int stage = 0; stage < STAGES; stage++) {
-                barrier_init(shared_address(&memory.full[which][stage]), 1);
-                barrier_init(shared_address(&memory.free[which][stage]), CONSUMER_WARPS);
-            }
+    if (threadIdx.x == 0) make_barriers(memory);
     proxy_fence();
     count_tiles<ROWS>(prefill, memory.before, memory.scratch);
-    uint32_t units = memory.before[prefill.sequences] * prefill.arena.kv_heads;
+    // The registers of the two kinds together are those that the kernel begins with.
     if (threadIdx.x < GROUP_THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x >= WARP) return;
-        Producer<T, D> producer{prefill, memory};
-        for (uint32_t index = blockIdx.x; index < units; index += gridDim.x) producer.unit(unit_of<ROWS>(prefill, memory.before, index));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        uint32_t warp = threadIdx.x / WARP;
+        if (warp == ASKED) take_work(prefill, memory);
+        else Producer<T, D>{prefill, memory, static_cast<Asked>(warp), queries}.run();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        Consumer<T, D, CAPPED> consumer{prefill, memory};
-        if (blockIdx.x >= units) return;
-        Unit unit = unit_of<ROWS>(prefill, memory.before, blockIdx.x), next;
-        consumer.ask_queries(unit, 0, queries);
-        for (uint32_t index = blockIdx.x; index < units; index += gridDim.x, unit = next) {
-            bool is_last = index + gridDim.x >= units;
-            if (!is_last) next = unit_of<ROWS>(prefill, memory.before, index + gridDim.x);
-            consumer.unit(unit, is_last ? nullptr : &next, queries, results);
-        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        uint32_t parity = 0;
+        Work work = await_work(memory, parity);
+        if (!work.is_none) Consumer<T, D, CAPPED>{prefill, memory, results, parity, work, work, work}.run();
     }
 }
 #define BODY(T, D, CAPPED) prefill_attention<T, D, CAPPED>(prefill, queries, results)

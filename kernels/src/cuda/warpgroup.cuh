@@ -9,6 +9,11 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panels, u
     return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(panels >> 4) << 16 | static_cast<uint64_t>(groups >> 4) << 32 | SWIZZLE_128;
 }
 
+// The operand that lies that many bytes on: its low half holds the address, so that this is one sum of 32 bits.
+__device__ __forceinline__ uint64_t further(uint64_t operand, uint32_t bytes) {
+    return (operand & 0xFFFFFFFF00000000ull) | static_cast<uint32_t>(static_cast<uint32_t>(operand) + (bytes >> 4));
+}
+
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most LEFT committed groups are on their way.

@@ -58,6 +58,13 @@ pub struct ClaimCredential {
 }
 
 impl ClaimCredential {
+    /// Whether it says who somebody is.
+    pub fn is_secret(&self) -> bool {
+        [&self.token, &self.aws_access_key_id, &self.aws_secret_access_key]
+            .iter()
+            .any(|secret| secret.is_some())
+    }
+
     /// Bytes of its longest part.
     fn longest(&self) -> usize {
         let secrets = [&self.token, &self.aws_access_key_id, &self.aws_secret_access_key];

@@ -1,7 +1,7 @@
 //! Downloads, from a hub of the test's own that behaves as each repository's name says.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -22,9 +22,12 @@ pub(crate) const TESTS: &[Test] =
 
 const ADDRESS: &str = "10.99.0.1:18400";
 
+#[derive(Default)]
 struct Hub {
     content: Bytes,
     sha256: String,
+    /// Whether it answers 503 alone.
+    away: AtomicBool,
     /// Answers with content of the repositories `breaks` and `shared`.
     broken: AtomicUsize,
     shared: AtomicUsize,
@@ -34,8 +37,7 @@ fn weights_come_from_a_hub(cluster: &Cluster) -> Result<()> {
     cluster.wait_until_empty()?;
     let content = Bytes::from(std::fs::read(cluster.state.join("models/small.gguf"))?);
     let sha256 = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
-    let hub =
-        Arc::new(Hub { content, sha256, broken: AtomicUsize::new(0), shared: AtomicUsize::new(0) });
+    let hub = Arc::new(Hub { content, sha256, ..Hub::default() });
     let router = Router::new()
         .route("/api/models/org/{name}/revision/{revision}", get(listing))
         .route("/org/{name}/resolve/{commit}/{file}", get(file))
@@ -111,16 +113,30 @@ fn downloads(cluster: &Cluster, hub: &Hub) -> Result<()> {
     space.kubectl(&["delete", "imodel", "absent", "corrupt"])?;
     ask(&space, "private", &json!({}))?;
     told(&space, "private", "Unauthorized", "401")?;
-    space.kubectl(&["create", "secret", "generic", "token", "--from-literal=token=hf_good"])?;
-    ask(
-        &space,
-        "private",
-        &json!({"source": {"uri": "hf://org/private", "secretRef": {"name": "token"}}}),
-    )?;
+    let with_token = |space: &Namespace| {
+        ask(
+            space,
+            "private",
+            &json!({"source": {"uri": "hf://org/private", "secretRef": {"name": "token"}}}),
+        )
+    };
+    let secret = ["create", "secret", "generic", "token", "--from-literal=token=hf_good"];
+    space.kubectl(&secret)?;
+    with_token(&space)?;
     space.wait_until_ready("private")?;
+    // While the hub is away, what a credential brought is its namespace's alone.
+    hub.away.store(true, Ordering::SeqCst);
+    delete_private(&space)?;
+    with_token(&space)?;
+    space.wait_until_ready("private")?;
+    let other = cluster.namespace("hub-other")?;
+    other.kubectl(&secret)?;
+    with_token(&other)?;
+    told(&other, "private", "SourceUnreachable", "503")?;
+    hub.away.store(false, Ordering::SeqCst);
+    other.wait_until_ready("private")?;
     // What one credential brought is not another's.
-    space.kubectl(&["delete", "imodel", "private"])?;
-    cluster.wait_until("it is gone", || Ok(space.pods("private")?.is_empty()))?;
+    delete_private(&space)?;
     ask(&space, "private", &json!({}))?;
     told(&space, "private", "Unauthorized", "401")?;
     let logs = cluster.kubectl(&[
@@ -135,6 +151,11 @@ fn downloads(cluster: &Cluster, hub: &Hub) -> Result<()> {
     Ok(())
 }
 
+fn delete_private(space: &Namespace) -> Result<()> {
+    space.kubectl(&["delete", "imodel", "private"])?;
+    space.cluster.wait_until("it is gone", || Ok(space.pods("private")?.is_empty()))
+}
+
 fn may_read(name: &str, headers: &HeaderMap) -> bool {
     let shown = headers.get("authorization").and_then(|value| value.to_str().ok());
     name != "private" || shown == Some("Bearer hf_good")
@@ -145,6 +166,9 @@ async fn listing(
     Path((name, _revision)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Response {
+    if hub.away.load(Ordering::SeqCst) {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    }
     if name == "absent" {
         return StatusCode::NOT_FOUND.into_response();
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::engine::Spawner;
 use super::grants::Grants;
@@ -19,6 +19,12 @@ const ABSENCE: Duration = Duration::from_secs(10);
 const APPEARANCE: Duration = Duration::from_secs(60);
 /// An agent that came back is not ready until the grants of before have their engines, but for this long at most.
 const RETURN: Duration = Duration::from_secs(60);
+/// Who holds a grant is asked of the kubelet for so long.
+const WHOSE: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// The namespace of the Pod that holds each unit, as the kubelet lists them.
+pub type Holders = BTreeMap<Unit, String>;
 
 /// How far the agent's own end is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +53,8 @@ pub struct Agent {
     /// How long running requests may take when the agent ends.
     pub drain: Duration,
     pub phase: watch::Sender<Phase>,
+    /// Told when somebody waits for the kubelet's list.
+    pub compare_now: Notify,
     state: Mutex<State>,
     /// Told of every change of the ledger.
     changed: watch::Sender<u64>,
@@ -69,6 +77,8 @@ struct Known {
     since: Instant,
     claimed: Claimed,
     listed: Listed,
+    /// Of the Pod that holds it; absent until the kubelet has listed it.
+    namespace: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +122,7 @@ impl Agent {
             local_clients: parts.local_clients,
             drain: parts.drain,
             phase: watch::Sender::new(Phase::Serving),
+            compare_now: Notify::new(),
             state: Mutex::new(State { ledger: parts.ledger, ..State::default() }),
             changed: watch::Sender::new(0),
             listening,
@@ -220,7 +231,12 @@ impl Agent {
     }
 
     fn enter(&self, id: &GrantId, units: BTreeSet<Unit>) {
-        let known = Known { since: Instant::now(), claimed: Claimed::No, listed: Listed::Never };
+        let known = Known {
+            since: Instant::now(),
+            claimed: Claimed::No,
+            listed: Listed::Never,
+            namespace: None,
+        };
         let ended = self.change(|state| {
             let ended = state.ledger.grant(id.clone(), units);
             state.known.insert(id.clone(), known);
@@ -238,6 +254,27 @@ impl Agent {
             (known.claimed == Claimed::No).then(|| known.claimed = Claimed::Yes)
         });
         claimed.map(|()| Claiming { agent: Arc::clone(self), id: id.clone() })
+    }
+
+    /// The namespace of the Pod that holds a grant, of which the kubelet is asked if it was not yet; absent when it does not say.
+    /// Without a kubelet there is one.
+    pub async fn namespace(&self, id: &GrantId) -> Option<String> {
+        if self.local_clients == LocalClients::Allowed {
+            return Some(String::new());
+        }
+        let mut changed = self.watch();
+        let told = async {
+            loop {
+                let known = self.lock().known.get(id)?.namespace.clone();
+                if known.is_some() {
+                    return known;
+                }
+                self.compare_now.notify_one();
+                changed.changed().await.ok()?;
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+        };
+        tokio::time::timeout(WHOSE, told).await.ok().flatten()
     }
 
     /// Whether a grant has not ended.
@@ -268,13 +305,15 @@ impl Agent {
     }
 
     /// Ends the grants that the kubelet does not list any more. Nobody waits for the engine of one that no Pod holds.
-    pub fn compare(&self, listed: &BTreeSet<Unit>, now: Instant) {
+    pub fn compare(&self, listed: &Holders, now: Instant) {
         let over = self.change(|state| {
             let mut over = Vec::new();
             for (id, units) in state.ledger.grants() {
                 let Some(known) = state.known.get_mut(id) else { continue };
-                let is_held = !units.is_disjoint(listed);
+                let holder = units.iter().find_map(|unit| listed.get(unit));
+                let is_held = holder.is_some();
                 known.see(is_held, now);
+                known.namespace = holder.cloned().or(known.namespace.take());
                 if !is_held && let Some((_, ids)) = &mut state.awaited {
                     ids.remove(id);
                 }
@@ -365,9 +404,13 @@ pub(super) mod tests {
 
     /// An agent with one device of 4 GiB, in `root`.
     pub(in crate::node) fn agent(root: &std::path::Path, program: &str) -> (Arc<Agent>, Listeners) {
+        Agent::new(parts(root, program))
+    }
+
+    fn parts(root: &std::path::Path, program: &str) -> Parts {
         std::fs::create_dir_all(root.join("models")).unwrap();
         let device = Device { name: "cpu0".into(), gib: 4, health: Health::Healthy };
-        Agent::new(Parts {
+        Parts {
             ledger: Ledger::new(vec![device]),
             grants: Grants::open(root).unwrap(),
             weights: Weights::new(WeightsConfig {
@@ -382,7 +425,7 @@ pub(super) mod tests {
             program: program.into(),
             local_clients: LocalClients::Allowed,
             drain: Duration::from_secs(5),
-        })
+        }
     }
 
     fn units(indices: std::ops::Range<u32>) -> BTreeSet<Unit> {
@@ -406,6 +449,30 @@ pub(super) mod tests {
         assert_eq!(listeners.try_recv().unwrap().0, only(&agent));
     }
 
+    fn held(units: BTreeSet<Unit>) -> Holders {
+        units.into_iter().map(|unit| (unit, "tenant".to_owned())).collect()
+    }
+
+    #[tokio::test]
+    async fn a_grants_namespace_is_known_once_the_kubelet_lists_it() {
+        let root = tempfile::tempdir().unwrap();
+        let parts = Parts { local_clients: LocalClients::Refused, ..parts(root.path(), "true") };
+        let (agent, _listeners) = Agent::new(parts);
+        agent.allocate(units(0..2)).unwrap();
+        let id = only(&agent);
+        let asked = async {
+            agent.compare_now.notified().await;
+            agent.compare(&held(units(2..4)), Instant::now());
+            agent.compare_now.notified().await;
+            agent.compare(&held(units(1..3)), Instant::now());
+        };
+        let (namespace, ()) = tokio::join!(agent.namespace(&id), asked);
+        assert_eq!(namespace.as_deref(), Some("tenant"));
+        agent.compare(&Holders::new(), Instant::now());
+        assert_eq!(agent.namespace(&id).await.as_deref(), Some("tenant"), "it stays the Pod's");
+        assert_eq!(agent.namespace(&GrantId("other".into())).await, None);
+    }
+
     fn only(agent: &Agent) -> GrantId {
         agent.read(|ledger| ledger.grants().next().unwrap().0.clone())
     }
@@ -415,11 +482,11 @@ pub(super) mod tests {
         let root = tempfile::tempdir().unwrap();
         let (agent, _listeners) = agent(root.path(), "true");
         let folder = agent.allocate(units(0..2)).unwrap();
-        let (start, none) = (Instant::now(), BTreeSet::new());
+        let (start, none) = (Instant::now(), Holders::new());
         let at = |seconds| start + Duration::from_secs(seconds);
         agent.compare(&none, at(30));
         assert!(folder.exists(), "it may not be listed yet");
-        agent.compare(&units(0..2), at(31));
+        agent.compare(&held(units(0..2)), at(31));
         agent.compare(&none, at(32));
         agent.compare(&none, at(41));
         assert!(folder.exists(), "the list is empty for a while after a restart of the kubelet");
@@ -433,7 +500,7 @@ pub(super) mod tests {
         let root = tempfile::tempdir().unwrap();
         let (agent, _listeners) = agent(root.path(), "true");
         agent.allocate(units(0..2)).unwrap();
-        let (none, id) = (BTreeSet::new(), only(&agent));
+        let (none, id) = (Holders::new(), only(&agent));
         let later = Instant::now() + Duration::from_secs(100);
         let claim = agent.claim(&id).unwrap();
         assert!(agent.claim(&id).is_none(), "one claim at a time");
@@ -471,13 +538,13 @@ pub(super) mod tests {
         }
         let (agent, _listeners) = agent(root.path(), "true");
         agent.restore().unwrap();
-        let held = agent.read(|ledger| {
+        let (id, units) = agent.read(|ledger| {
             let (id, units) = ledger.grants().next().unwrap();
             (id.clone(), units.clone())
         });
-        agent.compare(&held.1, Instant::now());
+        agent.compare(&held(units), Instant::now());
         assert!(!agent.has_returned());
-        agent.settled(&held.0);
+        agent.settled(&id);
         assert!(agent.has_returned(), "the other one's Pod went while no agent was there");
         assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 4, "but its memory waits");
     }

@@ -194,7 +194,7 @@ async fn serve_claim(agent: &Arc<Agent>, id: &GrantId, claim: &Claim, lines: &mu
                 message: "this build has no engine for device gpu; wanted cpu".into(),
             });
         }
-        let fetched = fetch(agent, claim, lines).await?;
+        let fetched = fetch(agent, id, claim, lines).await?;
         let running = place(agent, id, lines).await?;
         run(agent, id, claim, Start { fetched, running }, lines).await
     };
@@ -223,13 +223,20 @@ fn ended() -> Over {
 }
 
 /// Brings the weights, trying again for as long as the replica stays and the reason may pass.
-async fn fetch(agent: &Arc<Agent>, claim: &Claim, lines: &mut Lines) -> Result<Fetched, Over> {
+async fn fetch(
+    agent: &Arc<Agent>,
+    id: &GrantId,
+    claim: &Claim,
+    lines: &mut Lines,
+) -> Result<Fetched, Over> {
+    // Only what a credential brought depends on whose it is.
+    let namespace = if claim.credential.is_secret() { agent.namespace(id).await } else { None };
     loop {
         let (sender, mut downloaded) = watch::channel(None::<Downloaded>);
         let report = move |now: Downloaded| {
             sender.send_replace(Some(now));
         };
-        let fetching = agent.weights.fetch(claim, &report);
+        let fetching = agent.weights.fetch(claim, namespace.as_deref(), &report);
         tokio::pin!(fetching);
         let mut tell = tokio::time::interval(LOOK);
         let fetched = loop {

@@ -15,7 +15,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
 
-use super::agent::Agent;
+use super::agent::{Agent, Holders};
 use super::ledger::{Health, Unit};
 
 /// The kubelet's messages, made from `proto/`.
@@ -239,11 +239,12 @@ impl DevicePlugin for Plugin {
     }
 }
 
-/// Compares the grants with what Pods hold, for as long as the agent lives.
+/// Compares the grants with what Pods hold, for as long as the agent lives, at once when somebody waits for it.
 pub async fn compare(agent: Arc<Agent>, socket: PathBuf) {
     let mut told = None;
     loop {
-        tokio::time::sleep(COMPARE).await;
+        // An error of the time limit: nobody waits.
+        drop(tokio::time::timeout(COMPARE, agent.compare_now.notified()).await);
         agent.open_late();
         match listed(&socket).await {
             Ok(listed) => {
@@ -261,16 +262,17 @@ pub async fn compare(agent: Arc<Agent>, socket: PathBuf) {
 }
 
 /// Every unit of ours that a Pod holds.
-async fn listed(socket: &Path) -> Result<BTreeSet<Unit>> {
+async fn listed(socket: &Path) -> Result<Holders> {
     let channel = connect(socket.to_owned()).await?;
     let mut client = v1::pod_resources_lister_client::PodResourcesListerClient::new(channel)
         .max_decoding_message_size(LARGEST_MESSAGE);
     let answer =
         client.list(v1::ListPodResourcesRequest {}).await.context("list what Pods hold")?;
-    let pods = answer.into_inner().pod_resources.into_iter();
-    let devices = pods.flat_map(|pod| pod.containers).flat_map(|container| container.devices);
-    let ids = devices
-        .filter(|devices| devices.resource_name.starts_with("bindery.dev/"))
-        .flat_map(|devices| devices.device_ids);
-    Ok(ids.filter_map(|id| id.parse().ok()).collect())
+    let of_pod = |pod: v1::PodResources| {
+        let devices = pod.containers.into_iter().flat_map(|container| container.devices);
+        let ours = devices.filter(|devices| devices.resource_name.starts_with("bindery.dev/"));
+        let units = ours.flat_map(|devices| devices.device_ids).filter_map(|id| id.parse().ok());
+        units.map(|unit| (unit, pod.namespace.clone())).collect::<Vec<_>>()
+    };
+    Ok(answer.into_inner().pod_resources.into_iter().flat_map(of_pod).collect())
 }

@@ -161,15 +161,18 @@ impl Weights {
         }
     }
 
-    /// Brings a claim's weights to this node. `report` hears of a download.
+    /// Brings a claim's weights to this node. `namespace`: that of its Pod, where it is known; while the source is away, what its
+    /// credential brought before is for the same namespace alone. `report` hears of a download.
     ///
     /// # Errors
     /// When the source refuses, is away, or is not what its checksum says.
     pub async fn fetch(
         &self,
         claim: &Claim,
+        namespace: Option<&str>,
         report: &(dyn Fn(Downloaded) + Send + Sync),
     ) -> Result<Fetched, WeightsError> {
+        let readers = Readers::of(claim, namespace);
         let alone = self.one_of(&claim.model);
         let _alone = alone.lock().await;
         if let Some(path) = claim.model.strip_prefix("file://") {
@@ -180,11 +183,11 @@ impl Weights {
             return Ok(Fetched { path, _held: None });
         }
         let fetched = match claim.model.parse() {
-            Ok(Location::Hub(model)) => self.hub_model(&model, claim, report).await,
+            Ok(Location::Hub(model)) => self.hub_model(&model, (claim, &readers), report).await,
             Ok(Location::Path(_)) => Err(WeightsError::Unsupported { uri: claim.model.clone() }),
-            Err(_) => self.one_object(claim, report).await,
+            Err(_) => self.one_object((claim, &readers), report).await,
         };
-        self.note(claim, &fetched);
+        self.note(&readers, &fetched);
         fetched
     }
 
@@ -213,14 +216,14 @@ impl Weights {
     async fn hub_model(
         &self,
         model: &HubModel,
-        claim: &Claim,
+        (claim, readers): (&Claim, &Readers),
         report: &(dyn Fn(Downloaded) + Send + Sync),
     ) -> Result<Fetched, WeightsError> {
         let token = credential(claim)?.token;
         // Held before it is filled: making room for it must not take it away.
         let held = self.objects.room.hold(&hf::folder(&self.hub.cache, model));
         let whole = hf::remembered(&self.hub.cache, model);
-        let trusts_cache = whole.is_some_and(|path| self.given(claim).any(|given| given == path));
+        let trusts_cache = whole.is_some_and(|path| self.given(readers).any(|given| given == path));
         let config = HubConfig { token, trusts_cache, ..self.hub.clone() };
         let path = hf::fetch(model, &config, self.objects.retry, report).await?;
         Ok(Fetched { path, _held: Some(held) })
@@ -228,7 +231,7 @@ impl Weights {
 
     async fn one_object(
         &self,
-        claim: &Claim,
+        (claim, readers): (&Claim, &Readers),
         report: &(dyn Fn(Downloaded) + Send + Sync),
     ) -> Result<Fetched, WeightsError> {
         let is_gguf = claim.model.to_ascii_lowercase().ends_with(".gguf");
@@ -240,7 +243,7 @@ impl Weights {
         let request = Request { uri: &claim.model, credential: &credential, sha256 };
         let held = match self.objects.fetch(&request, report).await {
             Err(error) if error.is_away() => {
-                let mut given = self.given(claim).map(|path| self.objects.room.hold(&path));
+                let mut given = self.given(readers).map(|path| self.objects.room.hold(&path));
                 let Some(held) = given.find_map(|held| held_as(held, sha256)) else {
                     return Err(error.into());
                 };
@@ -252,22 +255,18 @@ impl Weights {
         Ok(Fetched { path: held.entry().to_owned(), _held: Some(held) })
     }
 
-    /// What the source gave for this address to this credential, and what to everybody. While it is away, that is used.
-    fn given(&self, claim: &Claim) -> impl Iterator<Item = PathBuf> {
-        let ClaimCredential { aws_region, aws_endpoint_url, .. } = claim.credential.clone();
-        let nobodys =
-            ClaimCredential { aws_region, aws_endpoint_url, ..ClaimCredential::default() };
-        [&claim.credential, &nobodys].map(|who| reader(&claim.model, who)).into_iter().filter_map(
-            |reader| {
-                let target = std::fs::read_link(self.readers.join(reader)).ok()?;
-                Some(self.root.join(target.strip_prefix("..").ok()?))
-            },
-        )
+    /// What the source gave for this address to this reader, and what to everybody. While it is away, that is used.
+    fn given(&self, readers: &Readers) -> impl Iterator<Item = PathBuf> {
+        readers.own.iter().chain([&readers.everybody]).filter_map(|reader| {
+            let target = std::fs::read_link(self.readers.join(reader)).ok()?;
+            Some(self.root.join(target.strip_prefix("..").ok()?))
+        })
     }
 
     /// Notes what the source gave to whom, and forgets it when it refuses.
-    fn note(&self, claim: &Claim, fetched: &Result<Fetched, WeightsError>) {
-        let name = self.readers.join(reader(&claim.model, &claim.credential));
+    fn note(&self, readers: &Readers, fetched: &Result<Fetched, WeightsError>) {
+        let Some(own) = &readers.own else { return };
+        let name = self.readers.join(own);
         match fetched {
             Ok(Fetched { path, .. }) => {
                 let inside = path.strip_prefix(&self.root).unwrap_or(path);
@@ -311,13 +310,35 @@ impl Weights {
     }
 }
 
-/// Names an address and a credential without saying either.
-fn reader(model: &str, credential: &ClaimCredential) -> String {
+/// Who reads an address: names that say neither the address nor the credential.
+struct Readers {
+    /// Absent: whose credential it is is not known.
+    own: Option<String>,
+    /// Whoever shows no credential.
+    everybody: String,
+}
+
+impl Readers {
+    fn of(claim: &Claim, namespace: Option<&str>) -> Self {
+        let ClaimCredential { aws_region, aws_endpoint_url, .. } = claim.credential.clone();
+        let nobody = ClaimCredential { aws_region, aws_endpoint_url, ..ClaimCredential::default() };
+        let everybody = reader(claim, &nobody, "");
+        let own = if claim.credential.is_secret() {
+            namespace.map(|namespace| reader(claim, &claim.credential, namespace))
+        } else {
+            Some(everybody.clone())
+        };
+        Self { own, everybody }
+    }
+}
+
+fn reader(claim: &Claim, credential: &ClaimCredential, namespace: &str) -> String {
     let secrets =
         [&credential.token, &credential.aws_access_key_id, &credential.aws_secret_access_key];
     let secrets = secrets.map(|secret| secret.as_ref().map(|secret| &secret.0));
     let server = (&credential.aws_region, &credential.aws_endpoint_url);
-    blake3::hash(format!("{model:?} {secrets:?} {server:?}").as_bytes()).to_hex().to_string()
+    let words = format!("{:?} {secrets:?} {server:?} {namespace:?}", claim.model);
+    blake3::hash(words.as_bytes()).to_hex().to_string()
 }
 
 fn credential(claim: &Claim) -> Result<Credential, WeightsError> {
@@ -395,7 +416,7 @@ mod tests {
     }
 
     async fn reason(weights: &Weights, model: &str, sha256: Option<&str>) -> crds::Reason {
-        weights.fetch(&claim(model, sha256), &|_| {}).await.unwrap_err().reason()
+        weights.fetch(&claim(model, sha256), NAMESPACE, &|_| {}).await.unwrap_err().reason()
     }
 
     #[tokio::test]
@@ -407,7 +428,7 @@ mod tests {
         std::os::unix::fs::symlink(folder.path().join("secret"), folder.path().join("models/link"))
             .unwrap();
         let weights = weights(folder.path());
-        let found = weights.fetch(&claim("file://m.gguf", None), &|_| {}).await.unwrap();
+        let found = weights.fetch(&claim("file://m.gguf", None), NAMESPACE, &|_| {}).await.unwrap();
         assert!(found.path.ends_with("models/m.gguf"));
         use crds::Reason;
         assert_eq!(reason(&weights, "file://../secret", None).await, Reason::InvalidSpec);
@@ -435,7 +456,7 @@ mod tests {
         std::fs::create_dir(folder.path().join("models")).unwrap();
         std::fs::write(folder.path().join("models/m"), "abc").unwrap();
         let weights = weights(folder.path());
-        assert!(weights.fetch(&claim("file://m", Some(ABC)), &|_| {}).await.is_ok());
+        assert!(weights.fetch(&claim("file://m", Some(ABC)), NAMESPACE, &|_| {}).await.is_ok());
         let wrong = "0".repeat(64);
         let reason = reason(&weights, "file://m", Some(&wrong)).await;
         assert_eq!(reason, crds::Reason::ChecksumMismatch);
@@ -448,22 +469,23 @@ mod tests {
         std::fs::write(&path, "abc").unwrap();
         let weights = weights(folder.path());
         let claim = claim("file://m", Some(ABC));
-        weights.fetch(&claim, &|_| {}).await.unwrap();
+        weights.fetch(&claim, NAMESPACE, &|_| {}).await.unwrap();
         let written = std::fs::metadata(&path).unwrap().modified().unwrap();
         let write = |content: &str, modified| {
             std::fs::write(&path, content).unwrap();
             std::fs::File::open(&path).unwrap().set_modified(modified).unwrap();
         };
         write("xyz", written);
-        weights.fetch(&claim, &|_| {}).await.expect("nothing says that it is another");
+        weights.fetch(&claim, NAMESPACE, &|_| {}).await.expect("nothing says that it is another");
         write("xyz", written + std::time::Duration::from_secs(1));
-        let error = weights.fetch(&claim, &|_| {}).await.unwrap_err();
+        let error = weights.fetch(&claim, NAMESPACE, &|_| {}).await.unwrap_err();
         assert_eq!(error.reason(), crds::Reason::ChecksumMismatch);
     }
 
     /// Of `abc`: FIPS 180-2, appendix B.1.
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
     const HUB: &str = "hf://org/name";
+    const NAMESPACE: Option<&str> = Some("tenant");
 
     /// A hub and a file server with one file.
     #[derive(Default)]
@@ -544,7 +566,7 @@ mod tests {
         async fn fetch(&self, model: &str, token: Option<&str>) -> Result<(), crds::Reason> {
             let mut claim = claim(model, None);
             claim.credential.token = token.map(|token| Secret(token.into()));
-            let fetched = self.weights.fetch(&claim, &|_| {}).await;
+            let fetched = self.weights.fetch(&claim, NAMESPACE, &|_| {}).await;
             let fetched = fetched.map_err(|error| error.reason())?;
             assert_eq!(std::fs::read(&fetched.path).unwrap(), b"abc");
             Ok(())
@@ -588,15 +610,45 @@ mod tests {
         let asked = *source.asked.lock().unwrap();
         for model in &bench.addresses {
             let mut claim = claim(model, None);
-            assert!(weights.fetch(&claim, &|_| {}).await.is_err());
+            assert!(weights.fetch(&claim, NAMESPACE, &|_| {}).await.is_err());
             claim.credential.token = Some(Secret("good".into()));
-            weights.fetch(&claim, &|_| {}).await.unwrap();
+            weights.fetch(&claim, NAMESPACE, &|_| {}).await.unwrap();
             if model != HUB {
                 claim.sha256 = Some("0".repeat(64));
-                assert!(weights.fetch(&claim, &|_| {}).await.is_err(), "it is not what is wanted");
+                assert!(
+                    weights.fetch(&claim, NAMESPACE, &|_| {}).await.is_err(),
+                    "it is not what is wanted"
+                );
             }
         }
         assert_eq!(*source.asked.lock().unwrap(), asked, "nothing answers");
+    }
+
+    #[tokio::test]
+    async fn what_a_credential_brought_is_for_its_namespace_alone_while_its_source_is_away() {
+        let bench = Bench::new().await;
+        bench.wants(Some("good"));
+        for model in &bench.addresses {
+            bench.answers(None);
+            let mut claim = claim(model, None);
+            claim.credential.token = Some(Secret("good".into()));
+            let fetch = async |namespace| {
+                bench.weights.fetch(&claim, namespace, &|_| {}).await.map(drop).is_ok()
+            };
+            // Whose it is was not known: nobody is served by that.
+            assert!(fetch(None).await, "{model}: the source takes the credential");
+            bench.answers(Some(503));
+            for other in [None, NAMESPACE] {
+                assert!(!fetch(other).await, "{model} {other:?}");
+            }
+            bench.answers(None);
+            assert!(fetch(NAMESPACE).await);
+            bench.answers(Some(503));
+            assert!(fetch(NAMESPACE).await, "{model}");
+            for other in [None, Some("other"), Some("")] {
+                assert!(!fetch(other).await, "{model} {other:?}");
+            }
+        }
     }
 
     #[tokio::test]

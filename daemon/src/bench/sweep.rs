@@ -32,7 +32,7 @@ pub struct BenchSweepArgs {
     #[arg(long, default_value = "16", value_name = "TOKENS")]
     pub block_size: NonZeroU32,
     /// Most tokens in one step
-    #[arg(long, default_value = "256", value_name = "TOKENS")]
+    #[arg(long, default_value = "128", value_name = "TOKENS")]
     pub max_num_batched_tokens: NonZeroU32,
     /// Requests of each run, all sent at once
     #[arg(long, default_value = "64", value_name = "N")]

@@ -319,11 +319,11 @@ pub(super) struct Serve {
     )]
     pub(super) max_model_len: ModelLen,
     /// Most sequences in one step
-    #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "N", default_value = "256", help_heading = "Scheduler")]
+    #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "N", default_value = "128", help_heading = "Scheduler")]
     pub(super) max_num_seqs: NonZeroU32,
-    /// Most tokens in one step; longer prompts are computed in chunks
-    #[arg(long, value_name = "TOKENS", default_value = "256", help_heading = "Scheduler")]
-    pub(super) max_num_batched_tokens: Count,
+    /// Most tokens in one step; longer prompts are computed in chunks; default: 128, or as many as --max-num-seqs
+    #[arg(long, value_name = "TOKENS", help_heading = "Scheduler")]
+    pub(super) max_num_batched_tokens: Option<Count>,
 
     /// Tokens per KV block, from 1 to --max-model-len
     #[arg(long, value_parser = positive::<NonZeroU32>, value_name = "TOKENS", default_value = "16", help_heading = "Memory")]

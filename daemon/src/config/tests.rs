@@ -70,6 +70,17 @@ fn the_last_of_the_two_prefix_caching_flags_wins() {
 }
 
 #[test]
+fn a_step_has_a_token_for_every_sequence() {
+    let tokens = |flags| serve(flags).max_num_batched_tokens.get();
+    assert_eq!(tokens("serve m"), 128);
+    assert_eq!(tokens("serve m --max-num-seqs 4"), 128);
+    assert_eq!(tokens("serve m --max-num-seqs 300"), 300);
+    assert_eq!(tokens("serve m --max-num-batched-tokens 2k"), 2000);
+    let error = refusal("serve m --max-num-seqs 4 --max-num-batched-tokens 3");
+    assert!(error.contains("at least --max-num-seqs (4)"), "{error}");
+}
+
+#[test]
 fn a_flag_wins_over_a_variable_and_a_variable_over_the_file() {
     let file = file(
         "max-num-seqs: 3\nport: 3\nblock_size: 3\napi-key: [x, y]\nenable-prefix-caching: false\n",

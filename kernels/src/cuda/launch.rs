@@ -5,6 +5,22 @@ use cudarc::driver::{CudaFunction, DriverError, LaunchConfig};
 use super::{Kernels, LaunchError};
 use crate::cpu::KernelError;
 
+/// The names of kernels that there are for each pair of activations and of what K and V are stored as.
+macro_rules! each_kv_dtype {
+    ($name:literal: $($shape:literal)* $(; $($more:literal)*)?) => {
+        &[
+            $(
+                concat!($name, "_bf16_", $shape),
+                concat!($name, "_bf16_e4m3_", $shape),
+                concat!($name, "_f16_", $shape),
+                concat!($name, "_f16_e4m3_", $shape),
+            )*
+            $($($more),*)?
+        ]
+    };
+}
+pub(super) use each_kv_dtype;
+
 /// Threads of a block where nothing speaks for another number.
 pub(super) const THREADS: u32 = 256;
 /// Numbers that a thread takes at once.

@@ -61,7 +61,7 @@ mod launch {
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{at_least, below, launched, len, same, score_scale};
+    use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same, score_scale};
     use crate::cuda::shared_prefix::{PrefixArgument, PrefixInput, PrefixScratch};
     use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, KvReal, LaunchError, Real};
 
@@ -75,44 +75,11 @@ mod launch {
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_decode.fatbin")),
-        functions: &NAMES,
+        functions: each_kv_dtype!(
+            "decode": "64_8" "64_16" "96_8" "96_16" "128_8" "128_16" "256_8" "256_16"
+        ),
         most_shared: 227 << 10,
     };
-
-    const NAMES: [&str; 32] = [
-        "decode_bf16_64_8",
-        "decode_bf16_64_16",
-        "decode_bf16_96_8",
-        "decode_bf16_96_16",
-        "decode_bf16_128_8",
-        "decode_bf16_128_16",
-        "decode_bf16_256_8",
-        "decode_bf16_256_16",
-        "decode_bf16_e4m3_64_8",
-        "decode_bf16_e4m3_64_16",
-        "decode_bf16_e4m3_96_8",
-        "decode_bf16_e4m3_96_16",
-        "decode_bf16_e4m3_128_8",
-        "decode_bf16_e4m3_128_16",
-        "decode_bf16_e4m3_256_8",
-        "decode_bf16_e4m3_256_16",
-        "decode_f16_64_8",
-        "decode_f16_64_16",
-        "decode_f16_96_8",
-        "decode_f16_96_16",
-        "decode_f16_128_8",
-        "decode_f16_128_16",
-        "decode_f16_256_8",
-        "decode_f16_256_16",
-        "decode_f16_e4m3_64_8",
-        "decode_f16_e4m3_64_16",
-        "decode_f16_e4m3_96_8",
-        "decode_f16_e4m3_96_16",
-        "decode_f16_e4m3_128_8",
-        "decode_f16_e4m3_128_16",
-        "decode_f16_e4m3_256_8",
-        "decode_f16_e4m3_256_16",
-    ];
 
     /// Stages of a warp, as the kernel of such rows of K and V has them.
     fn stages(row_bytes: u32) -> u32 {

@@ -83,29 +83,12 @@ mod launch {
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{below, launched, len, same, score_scale};
+    use crate::cuda::launch::{below, each_kv_dtype, launched, len, same, score_scale};
     use crate::cuda::{Arena, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_prefill.fatbin")),
-        functions: &[
-            "prefill_bf16_64",
-            "prefill_bf16_96",
-            "prefill_bf16_128",
-            "prefill_bf16_256",
-            "prefill_bf16_e4m3_64",
-            "prefill_bf16_e4m3_96",
-            "prefill_bf16_e4m3_128",
-            "prefill_bf16_e4m3_256",
-            "prefill_f16_64",
-            "prefill_f16_96",
-            "prefill_f16_128",
-            "prefill_f16_256",
-            "prefill_f16_e4m3_64",
-            "prefill_f16_e4m3_96",
-            "prefill_f16_e4m3_128",
-            "prefill_f16_e4m3_256",
-        ],
+        functions: each_kv_dtype!("prefill": 64 96 128 256),
         most_shared: 99 << 10,
     };
 

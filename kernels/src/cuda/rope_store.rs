@@ -95,29 +95,12 @@ mod launch {
     use super::{HeadNorms, RopeStore};
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{THREADS, below, grid, launched, len, same};
+    use crate::cuda::launch::{THREADS, below, each_kv_dtype, grid, launched, len, same};
     use crate::cuda::{Arena, ArenaShape, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/rope_store.fatbin")),
-        functions: &[
-            "rope_store_bf16_64",
-            "rope_store_bf16_96",
-            "rope_store_bf16_128",
-            "rope_store_bf16_256",
-            "rope_store_bf16_e4m3_64",
-            "rope_store_bf16_e4m3_96",
-            "rope_store_bf16_e4m3_128",
-            "rope_store_bf16_e4m3_256",
-            "rope_store_f16_64",
-            "rope_store_f16_96",
-            "rope_store_f16_128",
-            "rope_store_f16_256",
-            "rope_store_f16_e4m3_64",
-            "rope_store_f16_e4m3_96",
-            "rope_store_f16_e4m3_128",
-            "rope_store_f16_e4m3_256",
-        ],
+        functions: each_kv_dtype!("rope_store": 64 96 128 256),
         most_shared: 0,
     };
 

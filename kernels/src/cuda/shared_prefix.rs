@@ -39,7 +39,7 @@ mod launch {
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{at_least, below, launched, len, same, score_scale};
+    use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same, score_scale};
     use crate::cuda::{
         Arena, ArenaShape, DecodeInput, DeviceError, Kernels, KvReal, LaunchError, PagedDecode,
         Real,
@@ -55,28 +55,10 @@ mod launch {
 
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/shared_prefix.fatbin")),
-        functions: &[
-            "shared_prefix_bf16_64",
-            "shared_prefix_bf16_96",
-            "shared_prefix_bf16_128",
-            "shared_prefix_bf16_256",
-            "shared_prefix_bf16_e4m3_64",
-            "shared_prefix_bf16_e4m3_96",
-            "shared_prefix_bf16_e4m3_128",
-            "shared_prefix_bf16_e4m3_256",
-            "shared_prefix_f16_64",
-            "shared_prefix_f16_96",
-            "shared_prefix_f16_128",
-            "shared_prefix_f16_256",
-            "shared_prefix_f16_e4m3_64",
-            "shared_prefix_f16_e4m3_96",
-            "shared_prefix_f16_e4m3_128",
-            "shared_prefix_f16_e4m3_256",
-            "merge_prefixes_64",
-            "merge_prefixes_96",
-            "merge_prefixes_128",
-            "merge_prefixes_256",
-        ],
+        functions: each_kv_dtype!(
+            "shared_prefix": 64 96 128 256;
+            "merge_prefixes_64" "merge_prefixes_96" "merge_prefixes_128" "merge_prefixes_256"
+        ),
         most_shared: 99 << 10,
     };
 

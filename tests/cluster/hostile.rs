@@ -8,12 +8,13 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, ENGINE, Namespace, PATIENCE, SYSTEM};
+use crate::cluster::{Cluster, ENGINE, Namespace, PATIENCE, SYSTEM, model};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
     ("malformed_resources_are_refused_with_words_that_help", malformed_resources_are_refused),
     ("models_that_cannot_work_say_why_and_a_correct_edit_heals_them", models_that_cannot_work),
+    ("a_crowd_whose_children_are_refused_holds_up_nobody", a_refused_crowd),
     ("engines_are_confined", engines_are_confined),
     ("hostile_clients_of_a_grant_harm_no_other", hostile_clients_harm_no_other),
     ("a_pod_without_a_grant_reaches_nothing", a_pod_without_a_grant_reaches_nothing),
@@ -187,6 +188,29 @@ fn models_that_cannot_work(cluster: &Cluster) -> Result<()> {
         space.kubectl(&["delete", "imodel"].into_iter().chain(names).collect::<Vec<_>>())?;
     }
     Ok(())
+}
+
+/// Each of them is tried again and again, and fails each time.
+fn a_refused_crowd(cluster: &Cluster) -> Result<()> {
+    let space = cluster.namespace("refused")?;
+    let refused = json!({"pod": {"labels": {"team": "two words"}}});
+    let name = |index: u32| format!("m{index}");
+    let items: Vec<Value> = (0..60).map(|index| model(&name(index), &refused)).collect();
+    cluster.apply(space.name, &json!({"apiVersion": "v1", "kind": "List", "items": items}))?;
+    for index in [0, 30, 59] {
+        said(&space, &name(index), "ApplyFailed", "two words")?;
+    }
+    space.model("well", &json!({}))?;
+    space.wait_until_ready("well")?;
+    let wanted = |name: &str, replicas: u32| {
+        let found = cluster.get(&["-n", space.name, "deployment", name])?;
+        Ok(found["spec"]["replicas"].as_u64() == Some(replicas.into()))
+    };
+    space.kubectl(&["scale", "imodel/well", "--replicas=0"])?;
+    cluster.wait_until("the change arrives", || wanted("well", 0))?;
+    // Also one that waits for its next turn by now.
+    space.model(&name(0), &json!({"replicas": 0}))?;
+    cluster.wait_until("a correct edit is not waited for", || wanted(&name(0), 0))
 }
 
 /// What does not pass by itself is also a condition of its own.

@@ -58,18 +58,20 @@ pub struct ClaimCredential {
 }
 
 impl ClaimCredential {
+    /// What says who somebody is.
+    pub fn secrets(&self) -> [Option<&Secret>; 3] {
+        [&self.token, &self.aws_access_key_id, &self.aws_secret_access_key].map(Option::as_ref)
+    }
+
     /// Whether it says who somebody is.
     pub fn is_secret(&self) -> bool {
-        [&self.token, &self.aws_access_key_id, &self.aws_secret_access_key]
-            .iter()
-            .any(|secret| secret.is_some())
+        self.secrets().iter().any(Option::is_some)
     }
 
     /// Bytes of its longest part.
     fn longest(&self) -> usize {
-        let secrets = [&self.token, &self.aws_access_key_id, &self.aws_secret_access_key];
         let words = [&self.aws_region, &self.aws_endpoint_url];
-        let secrets = secrets.into_iter().flatten().map(|secret| secret.0.len());
+        let secrets = self.secrets().into_iter().flatten().map(|secret| secret.0.len());
         secrets.chain(words.into_iter().flatten().map(String::len)).max().unwrap_or(0)
     }
 }

@@ -333,8 +333,8 @@ fn invalid<T>(message: impl Into<String>) -> Result<T, ConfigError> {
     Err(ConfigError::Value(message.into()))
 }
 
-/// Tokens of a step where nothing is stated. On a CPU they take as long as those of one prompt would: twice as many make nothing
-/// faster and every other stream wait twice as long (README, measured).
+/// Tokens of a step where nothing is stated: on a CPU twice as many take twice as long, so that no prompt is done earlier and every
+/// other stream waits longer for its next token (measured, see README).
 const BATCHED_TOKENS: NonZeroU32 = NonZeroU32::new(128).unwrap();
 
 fn batched_tokens(flags: &flags::Serve) -> Result<NonZeroU32, ConfigError> {

@@ -333,9 +333,7 @@ impl Readers {
 }
 
 fn reader(claim: &Claim, credential: &ClaimCredential, namespace: &str) -> String {
-    let secrets =
-        [&credential.token, &credential.aws_access_key_id, &credential.aws_secret_access_key];
-    let secrets = secrets.map(|secret| secret.as_ref().map(|secret| &secret.0));
+    let secrets = credential.secrets().map(|secret| secret.map(|secret| &secret.0));
     let server = (&credential.aws_region, &credential.aws_endpoint_url);
     let words = format!("{:?} {secrets:?} {server:?} {namespace:?}", claim.model);
     blake3::hash(words.as_bytes()).to_hex().to_string()

@@ -66,3 +66,39 @@ impl Meaning {
         (first..length).map(slot).filter(|slot| slot.block < shape.blocks).collect()
     }
 }
+
+#[cfg(feature = "cuda")]
+pub(super) use launch::AttentionArgument;
+
+#[cfg(feature = "cuda")]
+mod launch {
+    use super::Meaning;
+
+    /// How a layer attends, as kernels take it: what `Decode`, `SharedPrefix` and `Prefill` have from `table_width` to `soft_cap`.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    pub(in crate::cuda) struct AttentionArgument {
+        table_width: u32,
+        layer: u32,
+        group: u32,
+        window: u32,
+        scale: f32,
+        soft_cap: f32,
+    }
+
+    impl Meaning {
+        /// With tables of `table_width` blocks a row, and `group` query heads a KV head.
+        pub(in crate::cuda) fn argument(&self, table_width: u32, group: u32) -> AttentionArgument {
+            // Powers of two are taken of scores, unless they are capped first.
+            let scale = if self.soft_cap.is_some() { 1.0 } else { std::f32::consts::LOG2_E };
+            AttentionArgument {
+                table_width,
+                layer: self.layer,
+                group,
+                window: self.window.unwrap_or(0),
+                scale: self.scale * scale,
+                soft_cap: self.soft_cap.unwrap_or(0.0),
+            }
+        }
+    }
+}

@@ -46,13 +46,8 @@ struct FewRow {
     __device__ __forceinline__ uint32_t x_pitch() const { return steps * SPAN * 2 + APART; }
 };
 
-// 16 bytes on their way; zeros where nothing is there.
-__device__ __forceinline__ void copy_16_or_zeros(uint32_t to, const void* from, bool is_there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(__cvta_generic_to_global(from)), "r"(is_there ? 16 : 0) : "memory");
-}
-// The same of what is read once: the second cache need not keep it.
-__device__ __forceinline__ void copy_16_or_zeros_once(uint32_t to, const void* from, bool is_there, uint64_t policy) {
+// `copy_16_if` of what is read once: the second cache need not keep it.
+__device__ __forceinline__ void copy_16_once_if(bool is_there, uint32_t to, const void* from, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
                  :: "r"(to), "l"(__cvta_generic_to_global(from)), "r"(is_there ? 16 : 0), "l"(policy) : "memory");
 }
@@ -129,7 +124,7 @@ template <typename T, int N, int STAGES> struct Worker {
 #pragma unroll
             for (uint32_t row = 0; row < ROWS; row += 2) {
                 const T* at = from + static_cast<size_t>(min(first + row, last)) * product.inputs;
-                copy_16_or_zeros_once(to + row_offset(row + lane / 16), at, is_there, policy);
+                copy_16_once_if(is_there, to + row_offset(row + lane / 16), at, policy);
             }
             asked.next(product, groups);
         }
@@ -144,7 +139,7 @@ template <typename T, int N, int STAGES> struct Worker {
             uint32_t to = shared_address(shared.x) + row * product.x_pitch();
             for (uint32_t k = threadIdx.x * 8; k < product.steps * SPAN; k += THREADS * 8) {
                 bool is_there = first + k < product.inputs;
-                copy_16_or_zeros(to + k * 2, from + (is_there ? first + k : 0), is_there);
+                copy_16_if(is_there, to + k * 2, from + (is_there ? first + k : 0));
             }
         }
         commit_copies();

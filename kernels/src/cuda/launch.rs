@@ -52,11 +52,6 @@ pub(super) fn whole_eights(what: &'static str, width: u32) -> Result<(), LaunchE
     Err(LaunchError::Unsupported(format!("{what} {width}: a multiple of {EIGHT} is wanted")))
 }
 
-/// What scores are multiplied by before powers of two are taken of them, or before they are capped.
-pub(super) fn score_scale(scale: f32, soft_cap: Option<f32>) -> f32 {
-    if soft_cap.is_some() { scale } else { scale * std::f32::consts::LOG2_E }
-}
-
 /// A grid of `blocks` blocks.
 pub(super) fn grid(blocks: u32, threads: u32) -> LaunchConfig {
     LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }

@@ -31,9 +31,7 @@ impl PagedDecode {
         q: &[f32],
         out: &mut [f32],
     ) {
-        let Self { layer, scale, window, soft_cap, .. } = *self;
-        let meaning = Meaning { layer, scale, window, soft_cap };
-        let shape = &arena.shape;
+        let (meaning, shape) = (self.meaning(), &arena.shape);
         let (dims, group) = (shape.head_dim as usize, self.heads / shape.kv_heads);
         for (row, (q, out)) in q.chunks(dims).zip(out.chunks_mut(dims)).enumerate() {
             let sequence = row / self.heads as usize;
@@ -43,6 +41,11 @@ impl PagedDecode {
             let slots = meaning.seen(shape, table, (lengths[sequence], head));
             meaning.attend(arena, &slots, q, out);
         }
+    }
+
+    fn meaning(&self) -> Meaning {
+        let Self { layer, scale, window, soft_cap, .. } = *self;
+        Meaning { layer, scale, window, soft_cap }
     }
 }
 
@@ -60,8 +63,9 @@ mod launch {
     use super::PagedDecode;
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
+    use crate::cuda::attention::AttentionArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same, score_scale};
+    use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same};
     use crate::cuda::shared_prefix::{PrefixArgument, PrefixInput, PrefixScratch};
     use crate::cuda::{Arena, ArenaShape, DeviceError, Kernels, KvReal, LaunchError, Real};
 
@@ -154,12 +158,7 @@ mod launch {
         tables: u64,
         lengths: u64,
         sequences: u32,
-        table_width: u32,
-        layer: u32,
-        group: u32,
-        window: u32,
-        scale: f32,
-        soft_cap: f32,
+        attention: AttentionArgument,
         parts: u64,
         arrived: u64,
         prefix: PrefixArgument,
@@ -171,6 +170,10 @@ mod launch {
     impl PagedDecode {
         fn group(&self, shape: &ArenaShape) -> u32 {
             self.heads / shape.kv_heads.max(1)
+        }
+
+        pub(in crate::cuda) fn attention(&self, shape: &ArenaShape) -> AttentionArgument {
+            self.meaning().argument(self.table_width, self.group(shape))
         }
 
         fn check<T>(
@@ -235,7 +238,7 @@ mod launch {
                 self.shared_prefix(shape, arena, (input, prefixes), q, scratch)?;
                 prefix = scratch.argument(self);
             }
-            let argument = Decode { prefix, ..self.argument(shape, arena, input, scratch) };
+            let argument = self.argument(shape, arena, input, scratch, prefix);
             let stream = self.stream();
             let (q, _q) = q.device_ptr(stream);
             let (out, _out) = out.device_ptr_mut(stream);
@@ -263,6 +266,7 @@ mod launch {
             arena: &Arena<KV>,
             input: &DecodeInput<'_>,
             scratch: &mut DecodeScratch,
+            prefix: PrefixArgument,
         ) -> Decode {
             let stream = self.stream();
             Decode {
@@ -270,15 +274,10 @@ mod launch {
                 tables: input.tables.device_ptr(stream).0,
                 lengths: input.lengths.device_ptr(stream).0,
                 sequences: shape.sequences,
-                table_width: shape.table_width,
-                layer: shape.layer,
-                group: shape.group(&arena.shape),
-                window: shape.window.unwrap_or(0),
-                scale: score_scale(shape.scale, shape.soft_cap),
-                soft_cap: shape.soft_cap.unwrap_or(0.0),
+                attention: shape.attention(&arena.shape),
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 arrived: scratch.arrived.device_ptr_mut(stream).0,
-                prefix: PrefixArgument::default(),
+                prefix,
             }
         }
     }

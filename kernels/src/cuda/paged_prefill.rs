@@ -82,8 +82,9 @@ mod launch {
     use super::PagedPrefill;
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
+    use crate::cuda::attention::AttentionArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{below, each_kv_dtype, launched, len, same, score_scale};
+    use crate::cuda::launch::{below, each_kv_dtype, launched, len, same};
     use crate::cuda::{Arena, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -128,12 +129,7 @@ mod launch {
         starts: u64,
         sequences: u32,
         tokens: u32,
-        table_width: u32,
-        layer: u32,
-        group: u32,
-        window: u32,
-        scale: f32,
-        soft_cap: f32,
+        attention: AttentionArgument,
     }
 
     // SAFETY: numbers alone, laid out as in C.
@@ -225,7 +221,7 @@ mod launch {
             arena: &Arena<KV>,
             input: &PrefillInput<'_>,
         ) -> Argument {
-            let stream = self.stream();
+            let (stream, group) = (self.stream(), shape.heads / arena.shape.kv_heads);
             Argument {
                 arena: arena.argument(self),
                 tables: input.tables.device_ptr(stream).0,
@@ -233,12 +229,7 @@ mod launch {
                 starts: input.starts.device_ptr(stream).0,
                 sequences: shape.sequences,
                 tokens: shape.tokens,
-                table_width: shape.table_width,
-                layer: shape.layer,
-                group: shape.heads / arena.shape.kv_heads,
-                window: shape.window.unwrap_or(0),
-                scale: score_scale(shape.scale, shape.soft_cap),
-                soft_cap: shape.soft_cap.unwrap_or(0.0),
+                attention: shape.meaning().argument(shape.table_width, group),
             }
         }
     }

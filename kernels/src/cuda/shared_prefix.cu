@@ -75,8 +75,10 @@ struct Unit {
     uint32_t tiles;
 
     __device__ __forceinline__ Unit(const SharedPrefix& prefix, const uint32_t* before, uint32_t item, uint32_t positions)
-        : group(prefix, sequence_of(before, prefix.groups, item)) {
-        uint32_t offset = item - before[sequence_of(before, prefix.groups, item)];
+        : Unit(prefix, before, item, positions, sequence_of(before, prefix.groups, item)) {}
+    __device__ __forceinline__ Unit(const SharedPrefix& prefix, const uint32_t* before, uint32_t item, uint32_t positions, uint32_t index)
+        : group(prefix, index) {
+        uint32_t offset = item - before[index];
         tiles = group.tiles(positions);
         uint32_t unit = offset / tiles;
         first_item = item - offset % tiles;

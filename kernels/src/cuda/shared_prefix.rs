@@ -38,8 +38,9 @@ mod launch {
 
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
+    use crate::cuda::attention::AttentionArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same, score_scale};
+    use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same};
     use crate::cuda::{
         Arena, ArenaShape, DecodeInput, DeviceError, Kernels, KvReal, LaunchError, PagedDecode,
         Real,
@@ -141,12 +142,7 @@ mod launch {
         blocks: u64,
         groups: u32,
         sequences: u32,
-        table_width: u32,
-        layer: u32,
-        group: u32,
-        window: u32,
-        scale: f32,
-        soft_cap: f32,
+        attention: AttentionArgument,
         parts: u64,
         across: u64,
         results: PrefixArgument,
@@ -178,12 +174,7 @@ mod launch {
                 blocks: prefixes.blocks.device_ptr(stream).0,
                 groups,
                 sequences: decode.sequences,
-                table_width: decode.table_width,
-                layer: decode.layer,
-                group: decode.heads / arena.shape.kv_heads,
-                window: decode.window.unwrap_or(0),
-                scale: score_scale(decode.scale, decode.soft_cap),
-                soft_cap: decode.soft_cap.unwrap_or(0.0),
+                attention: decode.attention(&arena.shape),
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 across: scratch.across.device_ptr_mut(stream).0,
                 results,

@@ -31,48 +31,7 @@ template <int N, typename T> __device__ __forceinline__ void multiply_shared(flo
 // d += a b: a in registers, b in shared memory with N contiguous.
 template <int N, typename T> __device__ __forceinline__ void multiply_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 
-// Both dtypes; NAME is PTX's word.
-#define PRODUCTS(T, NAME) \
-template <> __device__ __forceinline__ void multiply_shared<128, T>(float (&d)[64], uint64_t a, uint64_t b, int keep) { \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
-                 "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, " \
-                 "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, " \
-                 "0;\n}\n" \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
-                   "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), \
-                   "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), \
-                   "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), \
-                   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "l"(a), "l"(b), "r"(keep)); \
-} \
-template <> __device__ __forceinline__ void multiply_registers<128, T>(float (&d)[64], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
-                 "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, " \
-                 "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, " \
-                 "%68, 1, 1, 1, 1;\n" \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
-                   "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), \
-                   "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), \
-                   "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), \
-                   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-} \
-template <> __device__ __forceinline__ void multiply_registers<64, T>(float (&d)[32], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
-                 "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n" \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
-                   "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), \
-                   "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-                   "+f"(d[30]), "+f"(d[31]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-}
-
-PRODUCTS(__nv_bfloat16, "bf16")
-PRODUCTS(__half, "f16")
-
-// The same for other widths; results come in sixteens.
+// The results of an instruction as PTX names them, and as it is given them: in sixteens.
 #define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_1 NAMES_0 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_2 NAMES_1 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -91,19 +50,28 @@ PRODUCTS(__half, "f16")
 #define NUMBERS_5 NUMBERS_3, SIXTEEN(64), SIXTEEN(80)
 #define NUMBERS_7 NUMBERS_5, SIXTEEN(96), SIXTEEN(112)
 
-// A, B, KEEP: the numbers of the operands that follow the results.
+// NAME is PTX's word for the dtype; RESULTS the sixteens of results, less one; A, B, KEEP the numbers of the operands behind them.
 #define PRODUCT_SHARED(T, NAME, N, RESULTS, A, B, KEEP) \
 template <> __device__ __forceinline__ void multiply_shared<N, T>(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #KEEP ", 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" NAMES_##RESULTS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}\n" \
                  : NUMBERS_##RESULTS : "l"(a), "l"(b), "r"(keep)); \
 }
-#define PRODUCTS_SHARED(T, NAME) \
+#define PRODUCT_REGISTERS(T, NAME, N, RESULTS, A0, A1, A2, A3, B) \
+template <> __device__ __forceinline__ void multiply_registers<N, T>(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" NAMES_##RESULTS "}, " \
+                 "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 1;\n" \
+                 : NUMBERS_##RESULTS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+}
+#define PRODUCTS(T, NAME) \
     PRODUCT_SHARED(T, NAME, 32, 0, 16, 17, 18) \
     PRODUCT_SHARED(T, NAME, 64, 1, 32, 33, 34) \
     PRODUCT_SHARED(T, NAME, 96, 2, 48, 49, 50) \
+    PRODUCT_SHARED(T, NAME, 128, 3, 64, 65, 66) \
     PRODUCT_SHARED(T, NAME, 192, 5, 96, 97, 98) \
-    PRODUCT_SHARED(T, NAME, 256, 7, 128, 129, 130)
+    PRODUCT_SHARED(T, NAME, 256, 7, 128, 129, 130) \
+    PRODUCT_REGISTERS(T, NAME, 64, 1, 32, 33, 34, 35, 36) \
+    PRODUCT_REGISTERS(T, NAME, 128, 3, 64, 65, 66, 67, 68)
 
-PRODUCTS_SHARED(__nv_bfloat16, "bf16")
-PRODUCTS_SHARED(__half, "f16")
+PRODUCTS(__nv_bfloat16, "bf16")
+PRODUCTS(__half, "f16")

@@ -4,7 +4,7 @@ use std::error::Error;
 
 use cudarc::driver::CudaSlice;
 use half::bf16;
-use kernels::cuda::{LaunchError, Linear, Onto, Products};
+use kernels::cuda::{Kernels, Linear, Onto, Products, Way};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -34,6 +34,8 @@ const CASES: [(u32, Option<f64>); 13] = [
     (1024, Some(657.0)),
     (8192, Some(5297.0)),
 ];
+/// Of our ways to a product, and of the library's, how many are timed.
+const WAYS: usize = 16;
 /// FLOP a microsecond that tensor cores of an H200 reach.
 const ARITHMETIC: f64 = 790e6;
 
@@ -66,75 +68,52 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
         for product in &mut layer {
             product.prepare(timer, count, &mut products)?;
         }
-        let is_usable = products.stream_k.is_usable();
-        for way in Way::of(count).iter().filter(|it| is_usable || !matches!(it, Way::StreamK)) {
-            let name = format!("{count} rows, a layer");
-            rows.push(row(timer, (*way, name), (&mut layer, &mut products), rival)?);
-            for product in layer.iter_mut().filter(|_| count <= 512) {
-                let name =
-                    format!("{count} x {} -> {}", product.shape.inputs, product.shape.outputs);
-                let one = (std::slice::from_mut(product), &mut products);
-                rows.push(row(timer, (*way, name), one, None)?);
+        let name = format!("{count} rows, a layer");
+        let mut all = row(timer, ("linear", name, rival), None, (&mut layer, &mut products))?;
+        for product in &layer {
+            all.figure += &format!(", {}", products.way::<bf16>(&product.shape)?);
+        }
+        rows.push(all);
+        for product in layer.iter_mut().filter(|_| (2..=512).contains(&count)) {
+            for (operation, is_library) in [("own", false), ("cublaslt", true)] {
+                rows.extend(best(timer, (operation, is_library), (product, &mut products))?);
             }
         }
     }
-    products.gemm.save()?;
+    products.save()?;
     Ok(rows)
 }
 
-/// How a product is computed.
-#[derive(Debug, Clone, Copy)]
-enum Way {
-    /// As `linear` chooses.
-    Chosen,
-    StreamK,
-    Library,
+/// The fastest of our ways to a product, or of the library's.
+fn best(
+    timer: &Timer,
+    (operation, is_library): (&'static str, bool),
+    (product, products): (&mut Product, &mut Products),
+) -> Result<Option<Row>, Box<dyn Error>> {
+    let shape = product.shape;
+    let ways = products.ways::<bf16>(&shape)?.into_iter();
+    let mut best = None::<Row>;
+    for way in ways.filter(|way| way.is_library() == is_library).take(WAYS) {
+        let name = format!("{} x {} -> {}", shape.rows, shape.inputs, shape.outputs);
+        let one = (std::slice::from_mut(product), &mut *products);
+        let Ok(found) = row(timer, (operation, name, None), Some(way), one) else { continue };
+        if best.as_ref().is_none_or(|best| found.time < best.time) {
+            best = Some(Row { figure: format!("{}, {way}", found.figure), ..found });
+        }
+    }
+    Ok(best)
 }
 
-impl Way {
-    /// Those that are held against each other.
-    fn of(rows: u32) -> &'static [Self] {
-        match rows {
-            4..=512 => &[Self::Chosen, Self::StreamK, Self::Library],
-            _ => &[Self::Chosen],
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Chosen => "linear",
-            Self::StreamK => "stream_k",
-            Self::Library => "cublaslt",
-        }
-    }
-
-    fn launch(
-        self,
-        timer: &Timer,
-        product: &mut Product,
-        index: usize,
-        products: &mut Products,
-    ) -> Result<(), LaunchError> {
-        let Product { shape, weights, x, out } = product;
-        let (kernels, given) = (&timer.kernels, (&*x, &weights[index % LAYERS]));
-        match self {
-            Self::Chosen => kernels.linear(shape, given, out, products),
-            Self::StreamK => kernels.stream_k(shape, given, out, &mut products.stream_k),
-            Self::Library => kernels.gemm(shape, given, out, &mut products.gemm),
-        }
-    }
-}
-
-/// Times some products, one after the other.
+/// Times some products, one after the other, by this way or the one that is chosen.
 fn row(
     timer: &Timer,
-    (way, shape): (Way, String),
+    (operation, shape, rival): (&'static str, String, Option<f64>),
+    way: Option<Way>,
     (layer, products): (&mut [Product], &mut Products),
-    rival: Option<f64>,
 ) -> Result<Row, Box<dyn Error>> {
     let time = timer.time(4 * LAYERS, |index| {
         for product in &mut *layer {
-            way.launch(timer, product, index, products)?;
+            product.launch(&timer.kernels, (index, way), products)?;
         }
         Ok(())
     })?;
@@ -145,7 +124,7 @@ fn row(
         .map(|it| (it.bytes() / timer.copy_rate / 1e3).max(it.operations() / ARITHMETIC))
         .sum();
     Ok(Row {
-        operation: way.name(),
+        operation,
         shape,
         time,
         floor,
@@ -165,11 +144,26 @@ impl Product {
         self.shape.rows = rows;
         self.x = timer.numbers(rows as usize * self.shape.inputs as usize, 5)?;
         self.out = timer.numbers(rows as usize * self.shape.outputs as usize, 6)?;
-        if rows >= 4 {
+        if rows > 1 {
             let weights: Vec<_> = self.weights.iter().collect();
-            products.gemm.tune(&timer.kernels, &self.shape, (&self.x, &weights), &mut self.out)?;
+            products.tune(&timer.kernels, &self.shape, (&self.x, &weights), &mut self.out)?;
             // What was added up again and again is no longer of the size of anything.
             self.out = timer.numbers(self.out.len(), 6)?;
+        }
+        Ok(())
+    }
+
+    fn launch(
+        &mut self,
+        kernels: &Kernels,
+        (index, way): (usize, Option<Way>),
+        products: &mut Products,
+    ) -> Result<(), Box<dyn Error>> {
+        let Self { shape, weights, x, out } = self;
+        let given = (&*x, &weights[index % LAYERS]);
+        match way {
+            Some(way) => kernels.linear_by(way, shape, given, out, products)?,
+            None => kernels.linear(shape, given, out, products)?,
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ const MODULES: &[Module] = &[
     super::sample::MODULE,
     super::sampling_rows::MODULE,
     super::shared_prefix::MODULE,
-    super::stream_k::MODULE,
+    super::split_k::MODULE,
 ];
 
 /// Kernels of one `.cu`.

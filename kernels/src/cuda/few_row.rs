@@ -50,7 +50,7 @@ const NAMES: [&str; 8] = [
 
 /// What a launch keeps between its blocks. As it is made, and after every launch, nothing has arrived.
 #[derive(Debug)]
-pub struct FewRowScratch {
+pub(super) struct FewRowScratch {
     parts: CudaSlice<f32>,
     arrived: CudaSlice<u32>,
     /// Bytes of shared memory that a block may have.
@@ -81,7 +81,7 @@ impl FewRowScratch {
     ///
     /// # Errors
     /// When the device has not as much memory.
-    pub fn new(kernels: &Kernels, shapes: &[Linear]) -> Result<Self, DeviceError> {
+    pub(super) fn new(kernels: &Kernels, shapes: &[Linear]) -> Result<Self, DeviceError> {
         let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let most = kernels
             .stream()
@@ -202,7 +202,7 @@ impl Kernels {
     ///
     /// # Errors
     /// When lengths do not fit, there are more rows, or a row of x is no multiple of 8.
-    pub fn few_row<T: Real>(
+    pub(super) fn few_row<T: Real>(
         &self,
         shape: &Linear,
         (x, w): (&CudaSlice<T>, &CudaSlice<T>),

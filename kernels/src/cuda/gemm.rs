@@ -1,11 +1,8 @@
 //! Products of many rows: cuBLASLt. Its meaning is that of [`super::Linear`].
-//!
-//! The library proposes ways for a shape; [`Gemm::tune`] times the first ones and keeps the best. A launch without that takes the
-//! first. Either is asked for once per shape, so that a launch neither waits nor takes memory on the device.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
-use std::path::{Path, PathBuf};
 use std::ptr::from_ref;
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -16,183 +13,79 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t, cublasLtReductionScheme_t,
     cublasStatus_t, cudaDataType, is_culib_present,
 };
-use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError};
-use serde_json::{Map, Value, json};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
 use super::{DeviceError, Kernels, LaunchError, Linear, Onto, Real};
-use crate::cpu::KernelError;
 
 /// Device memory that the library may use, as NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
-/// Proposals that are timed.
-const PROPOSALS: usize = 8;
-/// Launches of a timing, and timings of a proposal: the least counts.
-const LAUNCHES: usize = 10;
-const TIMINGS: usize = 3;
 
-/// The library with what it has chosen.
+/// How the library computes a product, in its own words.
+pub(super) type Algorithm = [u64; 8];
+
+/// The library with what it was told of shapes. Each is described once, so that a launch neither waits nor takes memory on the
+/// device.
 #[derive(Debug)]
-pub struct Gemm {
+pub(super) struct Gemm {
     library: Library,
     workspace: CudaSlice<u8>,
     plans: HashMap<(&'static str, Linear), Plan>,
-    kept: Choices,
 }
 
 // SAFETY: handles and descriptions of the library belong to no thread, and nothing here is shared between threads.
 unsafe impl Send for Gemm {}
 
 impl Gemm {
-    /// Opens the library. `choices`: the file where they are kept; one that does not fit, or none, is as an empty one.
+    /// Opens the library.
     ///
     /// # Errors
     /// When the library is not there or refuses, or the device has not as much memory.
-    pub fn open(kernels: &Kernels, choices: Option<&Path>) -> Result<Self, DeviceError> {
+    pub(super) fn open(kernels: &Kernels) -> Result<Self, DeviceError> {
         let context = kernels.stream().context();
         context
             .bind_to_thread()
             .map_err(|source| DeviceError::Driver { what: "use the device", source })?;
         let library = Library::open()?;
-        let kept = Choices::read(choices, kernels.name(), library.version());
-        Ok(Self { library, workspace: kernels.memory(WORKSPACE)?, plans: HashMap::new(), kept })
+        Ok(Self { library, workspace: kernels.memory(WORKSPACE)?, plans: HashMap::new() })
     }
 
-    /// Times what the library proposes for a shape and keeps the best, unless it is kept already. `x` and `out` as in
-    /// [`Linear::reference`], `out` is undefined afterwards; `weights` are used in turn: as many as exceed the second cache.
-    ///
-    /// Waits for the device, so not while a graph is captured.
-    ///
-    /// # Errors
-    /// When lengths do not fit, or the library refuses every proposal.
-    pub fn tune<T: Real>(
-        &mut self,
-        kernels: &Kernels,
-        shape: &Linear,
-        (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
-        out: &mut CudaSlice<T>,
-    ) -> Result<(), LaunchError> {
-        if self.kept.algorithms.contains_key(&name::<T>(shape)) {
-            return Ok(());
-        }
-        let (library, mut best) = (self.library.0, None::<(f32, cublasLtMatmulAlgo_t)>);
-        for proposal in self.plan::<T>(shape)?.propose(library, PROPOSALS)? {
-            self.plan::<T>(shape)?.algorithm = proposal.algo;
-            // One that fails is none.
-            let Ok(time) = self.time(kernels, shape, (x, weights), out) else { continue };
-            if best.is_none_or(|(least, _)| time < least) {
-                best = Some((time, proposal.algo));
-            }
-        }
-        let none = || LaunchError::Unsupported(format!("{shape:?} in cuBLASLt"));
-        let (_, algorithm) = best.ok_or_else(none)?;
-        self.plan::<T>(shape)?.algorithm = algorithm;
-        self.kept.algorithms.insert(name::<T>(shape), algorithm.data);
-        Ok(())
+    pub(super) fn version(&self) -> usize {
+        self.library.version()
     }
 
-    /// Writes what [`Self::tune`] has found to the file, if there is one.
+    /// What the library proposes for a shape, what it thinks best first.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn save(&self) -> std::io::Result<()> {
-        self.kept.write()
-    }
-
-    /// Milliseconds of some launches.
-    fn time<T: Real>(
+    /// When the library refuses the shape.
+    pub(super) fn propose<T: Real>(
         &mut self,
-        kernels: &Kernels,
         shape: &Linear,
-        (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
-        out: &mut CudaSlice<T>,
-    ) -> Result<f32, LaunchError> {
-        let refused = |source| LaunchError::Driver { what: "to time a product", source };
-        let first =
-            weights.first().ok_or(KernelError::Length { what: "weights", wanted: 1, got: 0 })?;
-        kernels.gemm(shape, (x, first), out, self)?;
-        let mut least = f32::INFINITY;
-        for _ in 0..TIMINGS {
-            let begin = event(kernels).map_err(refused)?;
-            for w in weights.iter().cycle().take(LAUNCHES) {
-                kernels.gemm(shape, (x, w), out, self)?;
-            }
-            let end = event(kernels).map_err(refused)?;
-            least = least.min(begin.elapsed_ms(&end).map_err(refused)?);
-        }
-        Ok(least)
+        most: usize,
+    ) -> Result<Vec<Algorithm>, LaunchError> {
+        let library = self.library.0;
+        let found = self.plan::<T>(shape)?.propose(library, most)?;
+        Ok(found.into_iter().map(|it| it.algo.data).collect())
     }
 
-    /// The plan of a shape, made when it is first asked for.
+    /// Whether the library takes an algorithm that it proposed once.
+    ///
+    /// # Errors
+    /// When the library refuses the shape.
+    pub(super) fn takes<T: Real>(
+        &mut self,
+        shape: &Linear,
+        algorithm: Algorithm,
+    ) -> Result<bool, LaunchError> {
+        let library = self.library.0;
+        Ok(self.plan::<T>(shape)?.takes(library, algorithm))
+    }
+
+    /// The description of a shape, made when it is first asked for.
     fn plan<T: Real>(&mut self, shape: &Linear) -> Result<&mut Plan, LaunchError> {
-        let key = (T::NAME, *shape);
-        if !self.plans.contains_key(&key) {
-            let kept = self.kept.algorithms.get(&name::<T>(shape)).copied();
-            let plan = Plan::new::<T>(shape, self.library.0, kept)?;
-            self.plans.insert(key, plan);
-        }
-        self.plans.get_mut(&key).ok_or_else(|| LaunchError::Unsupported(name::<T>(shape)))
-    }
-}
-
-fn event(kernels: &Kernels) -> Result<cudarc::driver::CudaEvent, DriverError> {
-    kernels.stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
-}
-
-/// What a shape is called in the file.
-fn name<T: Real>(shape: &Linear) -> String {
-    let onto = match shape.onto {
-        Onto::Nothing => "",
-        Onto::Residual => " residual",
-    };
-    format!("{} {}x{}x{}{onto}", T::NAME, shape.rows, shape.outputs, shape.inputs)
-}
-
-/// What was chosen for a device and a version of the library, by the names of shapes. The library's documentation allows that its
-/// description of an algorithm is written down and used again with the same version.
-#[derive(Debug)]
-struct Choices {
-    path: Option<PathBuf>,
-    device: String,
-    version: usize,
-    algorithms: HashMap<String, [u64; 8]>,
-}
-
-impl Choices {
-    fn read(path: Option<&Path>, device: String, version: usize) -> Self {
-        let empty =
-            Self { path: path.map(Path::to_owned), device, version, algorithms: HashMap::new() };
-        let text = path.and_then(|path| std::fs::read_to_string(path).ok());
-        let algorithms = text.and_then(|text| empty.parse(&text)).unwrap_or_default();
-        Self { algorithms, ..empty }
-    }
-
-    /// Absent: it is not of this device and version, or no such file.
-    fn parse(&self, text: &str) -> Option<HashMap<String, [u64; 8]>> {
-        let file: Value = serde_json::from_str(text).ok()?;
-        if file["device"] != self.device.as_str() || file["cublaslt"] != self.version {
-            return None;
-        }
-        let algorithm = |(name, words): (&String, &Value)| {
-            let words: Option<Vec<u64>> = words.as_array()?.iter().map(Value::as_u64).collect();
-            Some((name.clone(), words?.try_into().ok()?))
-        };
-        file["algorithms"].as_object()?.iter().map(algorithm).collect()
-    }
-
-    fn text(&self) -> String {
-        let algorithms: Map<String, Value> =
-            self.algorithms.iter().map(|(name, words)| (name.clone(), json!(words))).collect();
-        json!({ "device": self.device, "cublaslt": self.version, "algorithms": algorithms })
-            .to_string()
-    }
-
-    /// Readers see the old file or the new one, never a part.
-    fn write(&self) -> std::io::Result<()> {
-        let Some(path) = &self.path else { return Ok(()) };
-        let part = path.with_extension(format!("{}.part", std::process::id()));
-        std::fs::write(&part, self.text())?;
-        std::fs::rename(&part, path)
+        Ok(match self.plans.entry((T::NAME, *shape)) {
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => place.insert(Plan::new::<T>(shape)?),
+        })
     }
 }
 
@@ -321,42 +214,29 @@ fn dtype<T: Real>() -> cudaDataType {
     if T::NAME == "bf16" { cudaDataType::CUDA_R_16BF } else { cudaDataType::CUDA_R_16F }
 }
 
-/// A shape as the library wants it, with the algorithm that is used.
+/// A shape as the library wants it.
 #[derive(Debug)]
 struct Plan {
     operation: Operation,
     w: Layout,
     x: Layout,
     out: Layout,
-    algorithm: cublasLtMatmulAlgo_t,
 }
 
 impl Plan {
-    /// With an algorithm that was kept, if the library still takes it, or the first that it proposes.
-    fn new<T: Real>(
-        shape: &Linear,
-        library: cublasLtHandle_t,
-        kept: Option<[u64; 8]>,
-    ) -> Result<Self, LaunchError> {
+    fn new<T: Real>(shape: &Linear) -> Result<Self, LaunchError> {
         let refused = |source| LaunchError::Library { what: "the shape of a product", source };
-        let mut plan = Self {
+        Ok(Self {
             operation: Operation::new().map_err(refused)?,
             w: Layout::new::<T>(shape.outputs, shape.inputs).map_err(refused)?,
             x: Layout::new::<T>(shape.rows, shape.inputs).map_err(refused)?,
             out: Layout::new::<T>(shape.rows, shape.outputs).map_err(refused)?,
-            algorithm: cublasLtMatmulAlgo_t { data: kept.unwrap_or_default() },
-        };
-        if kept.is_none() || !plan.is_taken(library) {
-            let first = plan.propose(library, 1)?.into_iter().next();
-            let none = || LaunchError::Unsupported(format!("{shape:?} in cuBLASLt"));
-            plan.algorithm = first.ok_or_else(none)?.algo;
-        }
-        Ok(plan)
+        })
     }
 
-    fn is_taken(&self, library: cublasLtHandle_t) -> bool {
+    fn takes(&self, library: cublasLtHandle_t, algorithm: Algorithm) -> bool {
         let mut found = proposal();
-        let (out, algorithm) = (self.out.0, &raw const self.algorithm);
+        let (out, algorithm) = (self.out.0, cublasLtMatmulAlgo_t { data: algorithm });
         // SAFETY: everything is live; the result is written.
         let status = unsafe {
             cublasLtMatmulAlgoCheck(
@@ -366,7 +246,7 @@ impl Plan {
                 self.x.0,
                 out,
                 out,
-                algorithm,
+                &raw const algorithm,
                 &raw mut found,
             )
         };
@@ -421,13 +301,13 @@ fn proposal() -> cublasLtMatmulHeuristicResult_t {
 }
 
 impl Kernels {
-    /// Queues a product through cuBLASLt. Shapes as in [`Linear::reference`].
+    /// Queues a product through cuBLASLt, by an algorithm that it proposed. Shapes as in [`Linear::reference`].
     ///
     /// # Errors
     /// When lengths do not fit, a row of x is no multiple of 8, or the library refuses.
-    pub fn gemm<T: Real>(
+    pub(super) fn gemm<T: Real>(
         &self,
-        shape: &Linear,
+        (shape, algorithm): (&Linear, Algorithm),
         (x, w): (&CudaSlice<T>, &CudaSlice<T>),
         out: &mut CudaSlice<T>,
         gemm: &mut Gemm,
@@ -442,7 +322,7 @@ impl Kernels {
             .bind_to_thread()
             .map_err(|source| LaunchError::Driver { what: "to use the device", source })?;
         let (library, workspace) = (gemm.library.0, gemm.workspace.device_ptr_mut(stream).0);
-        let plan = gemm.plan::<T>(shape)?;
+        let (plan, algorithm) = (gemm.plan::<T>(shape)?, cublasLtMatmulAlgo_t { data: algorithm });
         let added = match shape.onto {
             Onto::Nothing => 0.0_f32,
             Onto::Residual => 1.0,
@@ -464,45 +344,12 @@ impl Kernels {
                 plan.out.0,
                 out as *mut c_void,
                 plan.out.0,
-                &raw const plan.algorithm,
+                &raw const algorithm,
                 workspace as *mut c_void,
                 WORKSPACE,
                 stream.cu_stream().cast(),
             )
         };
         queued.map_err(|source| LaunchError::Library { what: "a product", source })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn choices(device: &str, version: usize) -> Choices {
-        Choices { path: None, device: device.to_owned(), version, algorithms: HashMap::new() }
-    }
-
-    #[test]
-    fn choices_are_read_back_on_the_same_device_and_version_alone() {
-        let mut written = choices("NVIDIA H200", 130_100);
-        written.algorithms.insert("bf16 64x4096x4096".to_owned(), [1, 2, 3, u64::MAX, 5, 6, 7, 8]);
-        let text = written.text();
-        assert_eq!(choices("NVIDIA H200", 130_100).parse(&text), Some(written.algorithms));
-        assert_eq!(choices("NVIDIA H100", 130_100).parse(&text), None);
-        assert_eq!(choices("NVIDIA H200", 130_200).parse(&text), None);
-    }
-
-    #[test]
-    fn a_file_that_is_none_of_ours_is_ignored() {
-        let kept = choices("a", 1);
-        for text in [
-            "",
-            "[]",
-            "{}",
-            r#"{"device":"a","cublaslt":1}"#,
-            r#"{"device":"a","cublaslt":1,"algorithms":{"b":[1]}}"#,
-        ] {
-            assert_eq!(kept.parse(text), None, "{text}");
-        }
     }
 }

@@ -20,6 +20,8 @@ mod sampling_rows;
 mod shared_prefix;
 
 #[cfg(feature = "cuda")]
+mod choices;
+#[cfg(feature = "cuda")]
 mod device;
 #[cfg(feature = "cuda")]
 mod error;
@@ -30,9 +32,11 @@ mod gemm;
 #[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
+mod products;
+#[cfg(feature = "cuda")]
 mod real;
 #[cfg(feature = "cuda")]
-mod stream_k;
+mod split_k;
 
 pub use arena::{ArenaShape, KvHalf, KvValues, Slot};
 pub use copy_blocks::copy_blocks_reference;
@@ -57,15 +61,11 @@ pub use device::Kernels;
 #[cfg(feature = "cuda")]
 pub use error::{DeviceError, LaunchError};
 #[cfg(feature = "cuda")]
-pub use few_row::FewRowScratch;
-#[cfg(feature = "cuda")]
-pub use gemm::Gemm;
-#[cfg(feature = "cuda")]
-pub use linear::Products;
-#[cfg(feature = "cuda")]
 pub use paged_decode::{DecodeInput, DecodeScratch};
 #[cfg(feature = "cuda")]
 pub use paged_prefill::PrefillInput;
+#[cfg(feature = "cuda")]
+pub use products::{Products, Way};
 #[cfg(feature = "cuda")]
 pub use real::{KvReal, Real};
 #[cfg(feature = "cuda")]
@@ -76,5 +76,3 @@ pub use sample::{Draw, Logit, Sample, SampleOutput, SampleScratch};
 pub use sampling_rows::{Admission, SamplingRows, SamplingShape};
 #[cfg(feature = "cuda")]
 pub use shared_prefix::PrefixInput;
-#[cfg(feature = "cuda")]
-pub use stream_k::StreamKScratch;

@@ -31,26 +31,43 @@ template <int N, typename T> __device__ __forceinline__ void multiply_shared(flo
 // d += a b: a in registers, b in shared memory with N contiguous.
 template <int N, typename T> __device__ __forceinline__ void multiply_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 
-// The results of an instruction as PTX names them, and as it is given them: in sixteens.
-#define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_1 NAMES_0 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_2 NAMES_1 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_3 NAMES_2 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_4 NAMES_3 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define NAMES_5 NAMES_4 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define NAMES_6 NAMES_5 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define NAMES_7 NAMES_6 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SIXTEEN(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7]), \
-    "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
-#define NUMBERS_0 SIXTEEN(0)
-#define NUMBERS_1 NUMBERS_0, SIXTEEN(16)
-#define NUMBERS_2 NUMBERS_1, SIXTEEN(32)
-#define NUMBERS_3 NUMBERS_2, SIXTEEN(48)
-#define NUMBERS_5 NUMBERS_3, SIXTEEN(64), SIXTEEN(80)
-#define NUMBERS_7 NUMBERS_5, SIXTEEN(96), SIXTEEN(112)
+// The results of an instruction as PTX names them, and as it is given them: in eights.
+#define NAMES_1 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES_2 NAMES_1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_3 NAMES_2 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAMES_4 NAMES_3 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_5 NAMES_4 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define NAMES_6 NAMES_5 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_7 NAMES_6 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define NAMES_8 NAMES_7 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_9 NAMES_8 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define NAMES_10 NAMES_9 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_11 NAMES_10 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define NAMES_12 NAMES_11 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_13 NAMES_12 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define NAMES_14 NAMES_13 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define NAMES_15 NAMES_14 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define NAMES_16 NAMES_15 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define EIGHT(i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define NUMBERS_1 EIGHT(0)
+#define NUMBERS_2 NUMBERS_1, EIGHT(8)
+#define NUMBERS_3 NUMBERS_2, EIGHT(16)
+#define NUMBERS_4 NUMBERS_3, EIGHT(24)
+#define NUMBERS_5 NUMBERS_4, EIGHT(32)
+#define NUMBERS_6 NUMBERS_5, EIGHT(40)
+#define NUMBERS_7 NUMBERS_6, EIGHT(48)
+#define NUMBERS_8 NUMBERS_7, EIGHT(56)
+#define NUMBERS_9 NUMBERS_8, EIGHT(64)
+#define NUMBERS_10 NUMBERS_9, EIGHT(72)
+#define NUMBERS_11 NUMBERS_10, EIGHT(80)
+#define NUMBERS_12 NUMBERS_11, EIGHT(88)
+#define NUMBERS_13 NUMBERS_12, EIGHT(96)
+#define NUMBERS_14 NUMBERS_13, EIGHT(104)
+#define NUMBERS_15 NUMBERS_14, EIGHT(112)
+#define NUMBERS_16 NUMBERS_15, EIGHT(120)
 
-// NAME is PTX's word for the dtype; RESULTS the sixteens of results, less one; A, B, KEEP the numbers of the operands behind them.
+// NAME is PTX's word for the dtype; RESULTS the eights of results; A, B, KEEP the numbers of the operands behind them.
 #define PRODUCT_SHARED(T, NAME, N, RESULTS, A, B, KEEP) \
 template <> __device__ __forceinline__ void multiply_shared<N, T>(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #KEEP ", 0;\n" \
@@ -64,14 +81,16 @@ template <> __device__ __forceinline__ void multiply_registers<N, T>(float (&d)[
                  : NUMBERS_##RESULTS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
 }
 #define PRODUCTS(T, NAME) \
-    PRODUCT_SHARED(T, NAME, 32, 0, 16, 17, 18) \
-    PRODUCT_SHARED(T, NAME, 64, 1, 32, 33, 34) \
-    PRODUCT_SHARED(T, NAME, 96, 2, 48, 49, 50) \
-    PRODUCT_SHARED(T, NAME, 128, 3, 64, 65, 66) \
-    PRODUCT_SHARED(T, NAME, 192, 5, 96, 97, 98) \
-    PRODUCT_SHARED(T, NAME, 256, 7, 128, 129, 130) \
-    PRODUCT_REGISTERS(T, NAME, 64, 1, 32, 33, 34, 35, 36) \
-    PRODUCT_REGISTERS(T, NAME, 128, 3, 64, 65, 66, 67, 68)
+    PRODUCT_SHARED(T, NAME, 32, 2, 16, 17, 18) \
+    PRODUCT_SHARED(T, NAME, 48, 3, 24, 25, 26) \
+    PRODUCT_SHARED(T, NAME, 64, 4, 32, 33, 34) \
+    PRODUCT_SHARED(T, NAME, 96, 6, 48, 49, 50) \
+    PRODUCT_SHARED(T, NAME, 128, 8, 64, 65, 66) \
+    PRODUCT_SHARED(T, NAME, 192, 12, 96, 97, 98) \
+    PRODUCT_SHARED(T, NAME, 224, 14, 112, 113, 114) \
+    PRODUCT_SHARED(T, NAME, 256, 16, 128, 129, 130) \
+    PRODUCT_REGISTERS(T, NAME, 64, 4, 32, 33, 34, 35, 36) \
+    PRODUCT_REGISTERS(T, NAME, 128, 8, 64, 65, 66, 67, 68)
 
 PRODUCTS(__nv_bfloat16, "bf16")
 PRODUCTS(__half, "f16")

@@ -1,13 +1,11 @@
-//! Matrix products: of few rows, of the library, and the front of both.
+//! Matrix products: by each way, and by the one that is chosen.
 
 use std::path::PathBuf;
 
 use cudarc::driver::CudaSlice;
 use fastrand::Rng;
 use half::{bf16, f16};
-use kernels::cuda::{
-    FewRowScratch, Gemm, Kernels, LaunchError, Linear, Onto, Products, Real, StreamKScratch,
-};
+use kernels::cuda::{Kernels, LaunchError, Linear, Onto, Products, Real};
 
 use crate::support::{
     cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
@@ -81,28 +79,38 @@ fn few_row_shape(random: &mut Rng) -> Linear {
     Linear { rows, inputs, outputs, onto }
 }
 
-fn few_row<T: Real>(random: &mut Rng, kernels: &Kernels) {
-    let shape = few_row_shape(random);
+/// Takes one of the ways to a shape whose name begins like this; none if there is none.
+fn check_way<T: Real>(random: &mut Rng, kernels: &Kernels, shape: Linear, name: &str) -> bool {
+    let mut products = Products::open(kernels, &[shape], None).expect("the library");
+    let ways = products.ways::<T>(&shape).expect("the library");
+    let ways: Vec<_> = ways.into_iter().filter(|way| way.to_string().starts_with(name)).collect();
+    let Some(way) = random.choice(&ways) else { return false };
+    eprintln!("{shape:?} by {way}");
     let case = Case::<T>::filled(random, shape);
-    let mut scratch = FewRowScratch::new(kernels, &[case.shape]).expect("memory");
-    case.check(kernels, |[x, w], out| kernels.few_row(&case.shape, (x, w), out, &mut scratch));
+    case.check(kernels, |[x, w], out| kernels.linear_by(*way, &shape, (x, w), out, &mut products));
+    true
+}
+
+fn check_any_way(random: &mut Rng, kernels: &Kernels, shape: Linear, name: &str) -> bool {
+    if random.bool() {
+        check_way::<bf16>(random, kernels, shape, name)
+    } else {
+        check_way::<f16>(random, kernels, shape, name)
+    }
 }
 
 #[test]
 fn products_of_few_rows_are_their_reference() {
     let kernels = kernels();
     cases(200, |random| {
-        if random.bool() {
-            few_row::<bf16>(random, &kernels)
-        } else {
-            few_row::<f16>(random, &kernels)
-        }
+        let shape = few_row_shape(random);
+        assert!(check_any_way(random, &kernels, shape, "few_row"));
     });
 }
 
-/// A few of its rows or many, of tiles that are whole, in several pieces, or cut off by the matrix's end.
-fn stream_k_shape(random: &mut Rng) -> Linear {
-    let (rows, onto) = (random.u32(1..=512), onto(random));
+/// A few of its rows or many, of tiles that are whole, in several parts, or cut off by the matrix's end.
+fn split_k_shape(random: &mut Rng) -> Linear {
+    let (rows, onto) = (random.u32(1..=600), onto(random));
     let inputs = 8 * if random.u32(..4) == 0 { random.u32(400..2000) } else { random.u32(1..200) };
     let outputs = 8 * if random.u32(..4) == 0 { random.u32(250..1200) } else { random.u32(1..40) };
     // The reference takes a while.
@@ -110,27 +118,17 @@ fn stream_k_shape(random: &mut Rng) -> Linear {
     Linear { rows, inputs, outputs, onto }
 }
 
-fn stream_k<T: Real>(random: &mut Rng, kernels: &Kernels) {
-    let shape = stream_k_shape(random);
-    let case = Case::<T>::filled(random, shape);
-    let mut scratch = StreamKScratch::new(kernels).expect("memory");
-    case.check(kernels, |[x, w], out| kernels.stream_k(&case.shape, (x, w), out, &mut scratch));
-}
-
 #[test]
-fn products_by_equal_shares_of_k_are_their_reference() {
+fn products_in_tiles_of_clusters_are_their_reference() {
     let kernels = kernels();
-    if !StreamKScratch::new(&kernels).unwrap().is_usable() {
-        eprintln!("not tested: the device is no Hopper, or nothing was built for it");
-        return;
-    }
-    cases(200, |random| {
-        if random.bool() {
-            stream_k::<bf16>(random, &kernels)
-        } else {
-            stream_k::<f16>(random, &kernels)
-        }
+    let mut checked = 0;
+    cases(300, |random| {
+        let shape = split_k_shape(random);
+        checked += u32::from(check_any_way(random, &kernels, shape, "split_k"));
     });
+    if checked == 0 {
+        eprintln!("not tested: the device is no Hopper, or nothing was built for it");
+    }
 }
 
 /// Each launch reads its weights ahead, beside the one before it, whose result is its input.
@@ -138,7 +136,7 @@ fn products_by_equal_shares_of_k_are_their_reference() {
 fn a_chain_of_products_is_the_same_every_time() {
     let kernels = kernels();
     cases(10, |random| {
-        let rows = random.u32(1..=32);
+        let rows = random.u32(1..=150);
         let shape = |inputs, outputs, onto| Linear { rows, inputs, outputs, onto };
         let shapes = [shape(1024, 6144, Onto::Nothing), shape(6144, 1024, Onto::Residual)];
         let mut products = Products::open(&kernels, &shapes, None).unwrap();
@@ -177,32 +175,17 @@ fn scaled(random: &mut Rng, len: usize) -> Vec<bf16> {
     (0..len).map(|_| bf16::from_f32((random.f32() * 2.0 - 1.0) * 0.02)).collect()
 }
 
-fn gemm<T: Real>(random: &mut Rng, kernels: &Kernels, gemm: &mut Gemm) {
-    let shape = Linear {
-        rows: random.u32(1..300),
-        inputs: 8 * random.u32(1..100),
-        outputs: random.u32(1..400),
-        onto: onto(random),
-    };
-    let case = Case::<T>::filled(random, shape);
-    if random.bool() {
-        let [x, w] = [upload(kernels, &case.x), upload(kernels, &case.w)];
-        let mut out = poisoned(kernels, case.before.len());
-        gemm.tune(kernels, &shape, (&x, &[&w, &w]), &mut out).expect("tune");
-    }
-    case.check(kernels, |[x, w], out| kernels.gemm(&shape, (x, w), out, gemm));
-}
-
 #[test]
 fn products_of_the_library_are_their_reference() {
     let kernels = kernels();
-    let mut library = Gemm::open(&kernels, None).unwrap();
     cases(60, |random| {
-        if random.bool() {
-            gemm::<bf16>(random, &kernels, &mut library);
-        } else {
-            gemm::<f16>(random, &kernels, &mut library);
-        }
+        let shape = Linear {
+            rows: random.u32(1..300),
+            inputs: 8 * random.u32(1..100),
+            outputs: random.u32(1..400),
+            onto: onto(random),
+        };
+        assert!(check_any_way(random, &kernels, shape, "cublaslt"));
     });
 }
 
@@ -214,26 +197,26 @@ fn choices_are_kept_in_the_file() {
     std::fs::write(&path, "not JSON").unwrap();
     let shape = Linear { rows: 64, inputs: 512, outputs: 768, onto: Onto::Nothing };
     let case = Case::<bf16>::filled(&mut Rng::with_seed(1), shape);
-    let mut first = Gemm::open(&kernels, Some(&path)).unwrap();
+    let mut first = Products::open(&kernels, &[shape], Some(&path)).unwrap();
     let [x, w] = [upload(&kernels, &case.x), upload(&kernels, &case.w)];
     let mut out = poisoned(&kernels, case.before.len());
     first.tune(&kernels, &shape, (&x, &[&w]), &mut out).unwrap();
     first.save().unwrap();
     let kept = std::fs::read_to_string(&path).unwrap();
     assert!(kept.contains("bf16 64x768x512"), "{kept}");
-    let mut second = Gemm::open(&kernels, Some(&path)).unwrap();
-    case.check(&kernels, |[x, w], out| kernels.gemm(&shape, (x, w), out, &mut second));
+    let mut second = Products::open(&kernels, &[shape], Some(&path)).unwrap();
+    case.check(&kernels, |[x, w], out| kernels.linear(&shape, (x, w), out, &mut second));
     second.save().unwrap();
     assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
     std::fs::remove_file(&path).unwrap();
 }
 
 #[test]
-fn few_and_many_rows_have_one_front() {
+fn a_shape_that_was_not_timed_has_a_way() {
     let kernels = kernels();
     cases(20, |random| {
         let shape =
-            Linear { rows: random.u32(10..24), inputs: 1024, outputs: 520, onto: onto(random) };
+            Linear { rows: random.u32(1..200), inputs: 1024, outputs: 520, onto: onto(random) };
         let mut products = Products::open(&kernels, &[shape], None).unwrap();
         let case = Case::<bf16>::filled(random, shape);
         case.check(&kernels, |[x, w], out| kernels.linear(&shape, (x, w), out, &mut products));
@@ -247,9 +230,12 @@ fn lengths_that_do_not_fit_are_refused() {
     let case = Case::<bf16>::filled(&mut Rng::with_seed(1), shape);
     let [x, w] = [upload(&kernels, &case.x), upload(&kernels, &case.w)];
     let mut out = poisoned(&kernels, case.before.len());
-    let mut scratch = FewRowScratch::new(&kernels, &[Linear { outputs: 16, ..shape }]).unwrap();
+    let mut products = Products::open(&kernels, &[Linear { outputs: 16, ..shape }], None).unwrap();
+    let few_row = products.ways::<bf16>(&shape).unwrap()[0];
+    assert_eq!(few_row.to_string(), "few_row");
     let mut refuses = |shape: Linear, word: &str| {
-        let error = kernels.few_row(&shape, (&x, &w), &mut out, &mut scratch).unwrap_err();
+        let done = kernels.linear_by(few_row, &shape, (&x, &w), &mut out, &mut products);
+        let error = done.unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
     };
     refuses(Linear { rows: 5, ..shape }, "x");

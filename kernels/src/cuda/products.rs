@@ -1,0 +1,286 @@
+//! The ways to a product, and which is the fastest for a shape.
+//!
+//! [`Products::tune`] times the ways to a shape once and keeps the best, in a file too. A shape that was not timed takes the one that
+//! should be fastest.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaEvent, CudaSlice, DriverError};
+
+use super::choices::{Choices, Kept};
+use super::few_row::{self, FewRowScratch};
+use super::gemm::{Algorithm, Gemm};
+use super::split_k::{Cut, SplitKScratch};
+use super::{DeviceError, Kernels, LaunchError, Linear, Onto, Real};
+use crate::cpu::KernelError;
+
+/// Of our ways to a product, and of the library's proposals, how many are timed.
+const OURS: usize = 16;
+const PROPOSALS: usize = 8;
+/// Launches of a graph that is timed, and its replays.
+const LAUNCHES: usize = 12;
+const REPLAYS: usize = 5;
+/// Milliseconds that a launch of the library's costs its neighbours: ours begin beside each other, not beside it. Measured on an H200:
+/// 4 to 5 us for one product of four.
+const LIBRARY_EXTRA: f32 = 0.003;
+/// Rows up to which a shape that was not timed takes [`few_row`], then [`super::split_k`], then the library: measured on an H200.
+const FEW_ROWS: u32 = 4;
+const OWN_ROWS: u32 = 128;
+
+/// A way to a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    FewRow,
+    SplitK(Cut),
+    Library(Algorithm),
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Kind::FewRow => f.write_str("few_row"),
+            Kind::SplitK(cut) => write!(f, "split_k {cut}"),
+            Kind::Library(_) => f.write_str("cublaslt"),
+        }
+    }
+}
+
+impl Way {
+    /// Whether it is cuBLASLt's.
+    pub fn is_library(&self) -> bool {
+        matches!(self.0, Kind::Library(_))
+    }
+
+    fn kept(&self) -> Kept {
+        match self.0 {
+            Kind::Library(algorithm) => Kept::Library(algorithm),
+            _ => Kept::Own(self.to_string()),
+        }
+    }
+}
+
+/// What products keep: memory between blocks, the library, the choices.
+#[derive(Debug)]
+pub struct Products {
+    few_row: FewRowScratch,
+    split_k: SplitKScratch,
+    gemm: Gemm,
+    kept: Choices,
+    chosen: HashMap<(&'static str, Linear), Way>,
+}
+
+impl Products {
+    /// For products of these shapes, with whatever rows. `choices`: the file where choices are kept; one that does not fit, or none,
+    /// is as an empty one.
+    ///
+    /// # Errors
+    /// When the device has not as much memory, or cuBLASLt is not there.
+    pub fn open(
+        kernels: &Kernels,
+        shapes: &[Linear],
+        choices: Option<&Path>,
+    ) -> Result<Self, DeviceError> {
+        let gemm = Gemm::open(kernels)?;
+        let kept = Choices::read(choices, kernels.name(), gemm.version());
+        Ok(Self {
+            few_row: FewRowScratch::new(kernels, shapes)?,
+            split_k: SplitKScratch::new(kernels)?,
+            gemm,
+            kept,
+            chosen: HashMap::new(),
+        })
+    }
+
+    /// Every way to a shape: ours, what should be fastest first, then the library's first proposals.
+    ///
+    /// # Errors
+    /// When the library refuses the shape.
+    pub fn ways<T: Real>(&mut self, shape: &Linear) -> Result<Vec<Way>, LaunchError> {
+        let proposals = self.gemm.propose::<T>(shape, PROPOSALS)?;
+        let few_row = (shape.rows <= few_row::MOST_ROWS).then_some(Kind::FewRow);
+        let own = self.split_k.cuts(shape).into_iter().map(Kind::SplitK);
+        Ok(few_row
+            .into_iter()
+            .chain(own)
+            .chain(proposals.into_iter().map(Kind::Library))
+            .map(Way)
+            .collect())
+    }
+
+    /// Times the ways to a shape and keeps the best, unless it is kept already. `x` and `out` as in [`Linear::reference`], `out` is
+    /// undefined afterwards; `weights` are used in turn: as many as exceed the second cache.
+    ///
+    /// Waits for the device, so not while a graph is captured.
+    ///
+    /// # Errors
+    /// When lengths do not fit, or every way is refused.
+    pub fn tune<T: Real>(
+        &mut self,
+        kernels: &Kernels,
+        shape: &Linear,
+        (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
+        out: &mut CudaSlice<T>,
+    ) -> Result<(), LaunchError> {
+        if self.kept_way::<T>(shape)?.is_some() {
+            return Ok(());
+        }
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            self.ways::<T>(shape)?.into_iter().partition(|way| !way.is_library());
+        let mut best = None::<(f32, Way)>;
+        for way in ours.into_iter().take(OURS).chain(theirs) {
+            // One that fails is none.
+            let Ok(time) = self.time(kernels, (shape, way), (x, weights), out) else { continue };
+            let time = time + if way.is_library() { LIBRARY_EXTRA } else { 0.0 };
+            if best.is_none_or(|(least, _)| time < least) {
+                best = Some((time, way));
+            }
+        }
+        let (_, way) = best.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))?;
+        self.kept.ways.insert(name::<T>(shape), way.kept());
+        self.chosen.insert((T::NAME, *shape), way);
+        Ok(())
+    }
+
+    /// Writes what [`Self::tune`] has found to the file, if there is one.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self) -> std::io::Result<()> {
+        self.kept.write()
+    }
+
+    /// Milliseconds of a launch: the least of some replays of a graph that has them all, since the host would take longer than
+    /// the device.
+    fn time<T: Real>(
+        &mut self,
+        kernels: &Kernels,
+        (shape, way): (&Linear, Way),
+        (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
+        out: &mut CudaSlice<T>,
+    ) -> Result<f32, LaunchError> {
+        let refused = |source| LaunchError::Driver { what: "to time a product", source };
+        let stream = kernels.stream();
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(refused)?;
+        let mut launches = weights.iter().cycle().take(LAUNCHES);
+        let queued = launches.try_for_each(|w| kernels.linear_by(way, shape, (x, w), out, self));
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags);
+        queued?;
+        let empty = KernelError::Length { what: "weights", wanted: 1, got: 0 };
+        let graph = graph.map_err(refused)?.ok_or(empty)?;
+        let mut least = f32::INFINITY;
+        for _ in 0..REPLAYS {
+            let begin = event(kernels).map_err(refused)?;
+            graph.launch().map_err(refused)?;
+            let end = event(kernels).map_err(refused)?;
+            least = least.min(begin.elapsed_ms(&end).map_err(refused)?);
+        }
+        Ok(least / LAUNCHES as f32)
+    }
+
+    /// The way that was found to be the fastest, or should be.
+    ///
+    /// # Errors
+    /// When the library refuses the shape.
+    pub fn way<T: Real>(&mut self, shape: &Linear) -> Result<Way, LaunchError> {
+        if let Some(way) = self.chosen.get(&(T::NAME, *shape)) {
+            return Ok(*way);
+        }
+        let way = match self.kept_way::<T>(shape)? {
+            Some(way) => way,
+            None => self.likely_way::<T>(shape)?,
+        };
+        self.chosen.insert((T::NAME, *shape), way);
+        Ok(way)
+    }
+
+    /// Absent: it was not timed, or the way is no longer there.
+    fn kept_way<T: Real>(&mut self, shape: &Linear) -> Result<Option<Way>, LaunchError> {
+        match self.kept.ways.get(&name::<T>(shape)).cloned() {
+            Some(Kept::Library(algorithm)) => {
+                let is_taken = self.gemm.takes::<T>(shape, algorithm)?;
+                Ok(is_taken.then_some(Way(Kind::Library(algorithm))))
+            }
+            Some(Kept::Own(name)) => {
+                Ok(self.ways::<T>(shape)?.into_iter().find(|way| way.to_string() == name))
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn likely_way<T: Real>(&mut self, shape: &Linear) -> Result<Way, LaunchError> {
+        let ways = self.ways::<T>(shape)?;
+        let is_likely = |way: &&Way| match way.0 {
+            Kind::FewRow => shape.rows <= FEW_ROWS,
+            Kind::SplitK(_) => shape.rows <= OWN_ROWS,
+            Kind::Library(_) => true,
+        };
+        let way = ways.iter().find(is_likely).or(ways.first()).copied();
+        way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))
+    }
+}
+
+fn event(kernels: &Kernels) -> Result<CudaEvent, DriverError> {
+    kernels.stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+}
+
+/// What a shape is called in the file.
+fn name<T: Real>(shape: &Linear) -> String {
+    let onto = match shape.onto {
+        Onto::Nothing => "",
+        Onto::Residual => " residual",
+    };
+    format!("{} {}x{}x{}{onto}", T::NAME, shape.rows, shape.outputs, shape.inputs)
+}
+
+impl Kernels {
+    /// Queues the product, by the way that is best for it. Shapes as in [`Linear::reference`].
+    ///
+    /// The weights may be read ahead of what is before in the stream: they must not be what the launch just before writes. Blocks may
+    /// wait for each other: nothing else may keep multiprocessors until this launch has ended.
+    ///
+    /// # Errors
+    /// When lengths do not fit, a row of x is no multiple of 8, or the library refuses.
+    pub fn linear<T: Real>(
+        &self,
+        shape: &Linear,
+        given: (&CudaSlice<T>, &CudaSlice<T>),
+        out: &mut CudaSlice<T>,
+        products: &mut Products,
+    ) -> Result<(), LaunchError> {
+        shape.check([given.0.len(), given.1.len(), out.len()])?;
+        if shape.rows == 0 || shape.outputs == 0 {
+            return Ok(());
+        }
+        let way = products.way::<T>(shape)?;
+        self.linear_by(way, shape, given, out, products)
+    }
+
+    /// Queues the product by one of [`Products::ways`]; otherwise as [`Self::linear`].
+    ///
+    /// # Errors
+    /// As [`Self::linear`].
+    pub fn linear_by<T: Real>(
+        &self,
+        way: Way,
+        shape: &Linear,
+        given: (&CudaSlice<T>, &CudaSlice<T>),
+        out: &mut CudaSlice<T>,
+        products: &mut Products,
+    ) -> Result<(), LaunchError> {
+        match way.0 {
+            Kind::FewRow => self.few_row(shape, given, out, &mut products.few_row),
+            Kind::SplitK(cut) => self.split_k((shape, &cut), given, out, &mut products.split_k),
+            Kind::Library(algorithm) => {
+                self.gemm((shape, algorithm), given, out, &mut products.gemm)
+            }
+        }
+    }
+}

@@ -3,10 +3,11 @@
 // and all equal to the last of them. The token is the first, in id order, whose running sum of kept w exceeds u times their total.
 //
 // `alter` writes the logits of rows that bias or penalize. `survey` passes over all logits once and leaves the largest of every
-// group of 64 and the sum of the group's w. `choose` has a block for each draw and reads again only the groups that can matter:
-// what the largest of the groups say bounds the k-th logit and the nucleus from below, and what reaches the bound is listed and
-// sorted in shared memory. Where that is too much (flat logits), the row's logits are counted in buckets until the one that holds
-// the boundary fits. `report` tells log-probabilities.
+// group of 64 and the sum of the group's w. `choose` has a block for each draw and goes again only through groups that can matter:
+// what their largest say bounds the k-th logit and the nucleus from below, and what reaches the bound is listed in shared memory and
+// sorted there. Where that is too much, a pass first counts logits in buckets, which says where the boundary probably is. The pass
+// that lists what is there and sums what is above it is exact: it tells whether the boundary is there or on which side it is.
+// `report` tells log-probabilities.
 //
 // Sums of w are whole numbers, multiples of 2^-40, so that their order does not matter: the same logits give the same token.
 #include "sampling.cuh"
@@ -29,6 +30,9 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 constexpr uint32_t BUCKETS = 2 * THREADS;
 constexpr uint32_t LIST = 2048;
+constexpr uint32_t EACH = LIST / THREADS;  // of the list, for each thread
+// Steps of a pass whose logits are on their way to the second cache.
+constexpr uint32_t AHEAD = 4;
 
 struct Draw {
     uint32_t logits;      // row; none there: no draw
@@ -60,7 +64,18 @@ __device__ __forceinline__ bool changes(const Sample& sample, const SamplingRow&
     return sample.altered != nullptr && (state.is_penalized || state.biases > 0 || holds_back(state));
 }
 // NaN is impossible, as minus infinity.
-__device__ __forceinline__ float clean(float logit) { return logit == logit ? logit : -INFINITY; }
+__device__ __forceinline__ float clean(float logit) { return fmaxf(logit, -INFINITY); }
+
+// Eight logits as they are in memory: what is made of them can wait until they have come.
+template <typename T> struct Eight {
+    uint4 bits[EIGHT * sizeof(T) / sizeof(uint4)];
+
+    __device__ __forceinline__ T& raw(int i) { return reinterpret_cast<T*>(bits)[i]; }
+    __device__ __forceinline__ void get(float (&values)[EIGHT]) {
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) values[i] = to_float(raw(i));
+    }
+};
 
 template <typename T> struct Logits {
     const T* row;
@@ -70,19 +85,15 @@ template <typename T> struct Logits {
     __device__ __forceinline__ bool is_whole(uint32_t id) const {
         return id + EIGHT <= vocab && reinterpret_cast<uintptr_t>(row + id) % 16 == 0;
     }
+    __device__ __forceinline__ void fetch(uint32_t id) const { asm volatile("prefetch.global.L2 [%0];" :: "l"(row + id)); }
     // Eight from `id` on, a multiple of eight.
-    __device__ __forceinline__ void load(uint32_t id, float (&values)[EIGHT]) const {
-        constexpr int VECTORS = EIGHT * sizeof(T) / sizeof(uint4);
+    __device__ __forceinline__ void load(uint32_t id, Eight<T>& to) const {
         if (is_whole(id)) {
-            uint4 bits[VECTORS];
 #pragma unroll
-            for (int i = 0; i < VECTORS; i++) bits[i] = reinterpret_cast<const uint4*>(row + id)[i];
-            const T* numbers = reinterpret_cast<const T*>(bits);
-#pragma unroll
-            for (int i = 0; i < EIGHT; i++) values[i] = clean(to_float(numbers[i]));
+            for (int i = 0; i < sizeof(to.bits) / sizeof(uint4); i++) to.bits[i] = __ldg(reinterpret_cast<const uint4*>(row + id) + i);
         } else {
 #pragma unroll
-            for (int i = 0; i < EIGHT; i++) values[i] = at(id + i);
+            for (int i = 0; i < EIGHT; i++) to.raw(i) = id + i < vocab ? row[id + i] : from_float<T>(-INFINITY);
         }
     }
 };
@@ -141,10 +152,15 @@ template <typename V, typename F> __device__ __forceinline__ V over_group(V valu
 __device__ __forceinline__ float weight(float logit, float most, float scale) { return exp2_fast((logit - most) * scale); }
 
 // What one lane's eight logits give its group: the largest, and the sum of w relative to it.
-__device__ __forceinline__ float2 summarize(const float (&values)[EIGHT], float scale) {
-    float most = values[0], sum = 0;
+template <typename T> __device__ __forceinline__ float2 summarize(Eight<T>& logits, float scale) {
+    float values[EIGHT];
+    logits.get(values);
+    float most = -INFINITY, sum = 0;
 #pragma unroll
-    for (int i = 1; i < EIGHT; i++) most = fmaxf(most, values[i]);
+    for (int i = 0; i < EIGHT; i++) {
+        values[i] = clean(values[i]);
+        most = fmaxf(most, values[i]);
+    }
     most = over_group(most, [](float a, float b) { return fmaxf(a, b); });
     if (scale == 0) return {most, 0};
     float base = most == -INFINITY ? 0 : most;
@@ -155,7 +171,7 @@ __device__ __forceinline__ float2 summarize(const float (&values)[EIGHT], float 
 
 // Grid: pieces, draws.
 template <typename T> __device__ __forceinline__ void survey(Logits<T> logits, float scale, float2* summary, uint32_t groups) {
-    float values[SURVEY_STEPS][EIGHT];
+    Eight<T> values[SURVEY_STEPS];
     uint32_t first = blockIdx.x * PIECE + threadIdx.x * EIGHT;
 #pragma unroll
     for (int step = 0; step < SURVEY_STEPS; step++) logits.load(first + step * SURVEY_THREADS * EIGHT, values[step]);
@@ -176,59 +192,6 @@ template <typename T> __device__ __forceinline__ void survey_draw(const Sample& 
     else survey(raw(sample, all, draw), state.scale, summary, sample.groups);
 }
 
-// ---- what a block does together; all of its threads call these
-
-struct Scratch {
-    Amount warps[WARPS];
-    float floats[WARPS];
-    Amount reached;
-    uint32_t bucket, bucket_count, listed, first;
-    uint32_t low, high;
-};
-
-__device__ __forceinline__ float block_most(float value, Scratch& scratch) {
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) scratch.floats[threadIdx.x / WARP] = value;
-    __syncthreads();
-    value = scratch.floats[0];
-#pragma unroll
-    for (int warp = 1; warp < WARPS; warp++) value = fmaxf(value, scratch.floats[warp]);
-    return value;
-}
-
-__device__ __forceinline__ Amount warp_sums(Amount value) {
-    uint32_t lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        Amount other = __shfl_up_sync(~0u, value, step);
-        if (lane >= step) value += other;
-    }
-    return value;
-}
-
-// The sum of the values of the threads before this one; `total`: of all.
-__device__ __forceinline__ Amount block_before(Amount value, Scratch& scratch, Amount& total) {
-    Amount sum = warp_sums(value), before = sum - value;
-    __syncthreads();
-    if (threadIdx.x % WARP == WARP - 1) scratch.warps[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    total = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        if (warp == threadIdx.x / WARP) before += total;
-        total += scratch.warps[warp];
-    }
-    return before;
-}
-
-__device__ __forceinline__ Amount block_total(Amount value, Scratch& scratch) {
-    Amount total;
-    block_before(value, scratch, total);
-    return total;
-}
-
 // ---- keys: whole numbers in the order of logits
 
 __device__ __forceinline__ uint32_t to_key(float logit) {
@@ -237,373 +200,419 @@ __device__ __forceinline__ uint32_t to_key(float logit) {
 }
 __device__ __forceinline__ float to_logit(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// Keys from `low` to `high`, both included; `reached`: the amount of all above `high`.
+// Logits from `low` to `high`, both included.
 struct Interval {
-    uint32_t low, high;
-    Amount reached;
-    __device__ __forceinline__ bool has(uint32_t key) const { return key >= low && key <= high; }
+    float low, high;
+    // The upper half of the numbers that there are in it.
+    __device__ __forceinline__ Interval upper_half() const {
+        uint32_t first = to_key(low);
+        return {to_logit(first + (to_key(high) - first + 1) / 2), high};
+    }
 };
 
-// An interval in BUCKETS parts, from its high end down: of equal widths, or of equally many keys where floats do not do.
+// An interval in BUCKETS parts of equal width, from its high end down.
 struct Buckets {
-    uint32_t high;
-    float half, rate;
-    uint32_t shift;
+    Interval in;
+    float most, rate, first, width;
 
-    __device__ __forceinline__ Buckets(const Interval& interval, int pass) {
-        high = interval.high;
-        half = __fmul_rn(to_logit(high), 0.5f);
-        float width = __fsub_rn(half, __fmul_rn(to_logit(interval.low), 0.5f));
-        rate = pass < 3 && width > 1e-30f && width < 1e30f ? __fdiv_rn(BUCKETS, width) : 0;
-        uint32_t bits = 32 - __clz(high - interval.low);
-        shift = bits > 10 ? bits - 10 : 0;
+    __device__ __forceinline__ Buckets(const Interval& in, float most) : in(in), most(most) {
+        float whole = fminf(fmaxf(in.high - in.low, 1e-30f), -LOWEST);
+        width = whole / BUCKETS;
+        rate = (BUCKETS - 0.001f) / whole;
+        first = (in.high - most) * rate;
     }
-    __device__ __forceinline__ uint32_t of(uint32_t key) const {
-        if (rate == 0) return (high - key) >> shift;
-        float at = __fmul_rn(__fsub_rn(half, __fmul_rn(to_logit(key), 0.5f)), rate);
-        return min(static_cast<uint32_t>(at), BUCKETS - 1);
+    // Where nothing is in the interval it is no bucket.
+    __device__ __forceinline__ uint32_t of(float logit) const {
+        // Whole numbers are the last bits of floats from 2^23 on: that is faster than a conversion.
+        float at = __fmaf_rn(logit - most, -rate, first);
+        return __float_as_uint(__fadd_rz(at, 8388608.0f)) - __float_as_uint(8388608.0f);
     }
-    // The smallest key of [low, high] whose bucket is at most `bucket`.
-    __device__ __forceinline__ uint32_t smallest(uint32_t low, uint32_t bucket) const {
-        uint32_t above = high;
-        while (low < above) {
-            uint32_t middle = low + (above - low) / 2;
-            if (of(middle) <= bucket) above = middle;
-            else low = middle + 1;
-        }
-        return low;
+    // A little wider than the bucket, for what is rounded.
+    __device__ __forceinline__ Interval part(uint32_t bucket) const {
+        float low = in.high - (bucket + 1.01f) * width, high = in.high - (bucket - 0.01f) * width;
+        return {bucket == BUCKETS - 1 ? in.low : fmaxf(low, in.low), fmaxf(fminf(high, in.high), in.low)};
     }
 };
-static_assert(BUCKETS == 1 << 10);
+
+// ---- what a block does together; all of its threads call these
+
+struct Scratch {
+    alignas(16) Amount list[LIST];  // ~key and id
+    uint32_t buckets[BUCKETS + WARP];  // the last: for what is in none
+    Amount warps[WARPS];
+    float floats[WARPS];
+    Amount reached;
+    Interval part;
+    uint32_t listed, first, reaching;
+};
+__shared__ Scratch scratch;
+extern __shared__ Amount sums[];  // [groups], of what is kept; then what else is kept of groups
+
+template <typename F> __device__ __forceinline__ float over_block(float value, F together) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value = together(value, __shfl_xor_sync(~0u, value, step));
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) scratch.floats[threadIdx.x / WARP] = value;
+    __syncthreads();
+    value = scratch.floats[0];
+#pragma unroll
+    for (int warp = 1; warp < WARPS; warp++) value = together(value, scratch.floats[warp]);
+    return value;
+}
+__device__ __forceinline__ float block_most(float value) {
+    return over_block(value, [](float a, float b) { return fmaxf(a, b); });
+}
+__device__ __forceinline__ float block_least(float value) {
+    return over_block(value, [](float a, float b) { return fminf(a, b); });
+}
+
+template <typename V> __device__ __forceinline__ V warp_sums(V value) {
+    uint32_t lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        V other = __shfl_up_sync(~0u, value, step);
+        if (lane >= step) value += other;
+    }
+    return value;
+}
+
+// The sum of the values of the threads before this one; `total`: of all.
+template <typename V> __device__ __forceinline__ V block_before(V value, V& total) {
+    V sum = warp_sums(value), before = sum - value;
+    __syncthreads();
+    if (threadIdx.x % WARP == WARP - 1) scratch.warps[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    total = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        if (warp == threadIdx.x / WARP) before += total;
+        total += static_cast<V>(scratch.warps[warp]);
+    }
+    return before;
+}
+
+template <typename V> __device__ __forceinline__ V block_total(V value) {
+    V total;
+    block_before(value, total);
+    return total;
+}
+
+// ---- choose
 
 enum Kind { COUNT, WEIGHT };
 
-// ---- choose
+// What was seen of an interval, of a kind.
+struct Gathered {
+    uint32_t listed;
+    Amount above, inside;
+    Interval seen;
+};
+
+// Where a boundary is.
+struct Boundary {
+    float bar;        // all that reaches it is kept
+    uint32_t listed;  // so many are listed, of which some reach the bar
+    bool is_whole;    // none of what is kept is not listed
+};
 
 template <typename T> struct Chooser {
     Logits<T> logits;
     uint32_t groups;
-    Scratch& scratch;
-    Amount* sums;      // [groups], of what is kept
-    Amount* list;      // [LIST], ~key and id
-    uint32_t* lows;    // [BUCKETS], the amounts' lower words
-    uint32_t* highs;   // [BUCKETS]
-    uint32_t* counts;  // [BUCKETS]
-    float* maxima;     // [groups]
-    float most, scale;
+    float scale, most;
 
-    __device__ __forceinline__ Chooser(Logits<T> logits, uint32_t groups, float scale, Scratch& scratch, uint8_t* shared)
-        : logits(logits), groups(groups), scratch(scratch), scale(scale) {
-        sums = reinterpret_cast<Amount*>(shared);
-        list = sums + groups;
-        lows = reinterpret_cast<uint32_t*>(list + LIST);
-        highs = lows + BUCKETS;
-        counts = highs + BUCKETS;
-        maxima = reinterpret_cast<float*>(counts + BUCKETS);
-    }
+    __device__ __forceinline__ float* maxima() const { return reinterpret_cast<float*>(sums + groups); }
+    // Those that are gone through.
+    __device__ __forceinline__ uint16_t* reaching() const { return reinterpret_cast<uint16_t*>(maxima() + groups); }
 
-    // Reads the survey.
+    // Reads the survey: the sums as they are.
     __device__ void look(const float2* summary) {
+        constexpr uint32_t AT_ONCE = 4;
         float own = -INFINITY;
-        for (uint32_t group = threadIdx.x; group < groups; group += THREADS) {
-            maxima[group] = summary[group].x;
-            own = fmaxf(own, maxima[group]);
+        for (uint32_t base = threadIdx.x; base < groups; base += AT_ONCE * THREADS) {
+            float2 read[AT_ONCE];
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; i++) read[i] = __ldg(summary + min(base + i * THREADS, groups - 1));
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; i++) {
+                uint32_t group = base + i * THREADS;
+                if (group >= groups) break;
+                maxima()[group] = read[i].x;
+                sums[group] = __float_as_uint(read[i].y);
+                own = fmaxf(own, read[i].x);
+            }
         }
-        most = block_most(own, scratch);
+        most = block_most(own);
     }
 
     __device__ __forceinline__ Amount amount(float logit) const { return __float2ull_rn(weight(logit, most, scale) * ONE); }
-    __device__ __forceinline__ static uint32_t key_of(Amount item) { return ~static_cast<uint32_t>(item >> 32); }
+    __device__ __forceinline__ static float logit_of(Amount item) { return to_logit(~static_cast<uint32_t>(item >> 32)); }
 
-    // Sums of all logits' w, by group, from the survey. `most` is finite.
-    __device__ Amount sum_all(const float2* summary) {
+    // Sums of all logits' w, by group, of the survey that was read last. `most` is finite.
+    __device__ Amount sum_all() {
         Amount own = 0;
         for (uint32_t group = threadIdx.x; group < groups; group += THREADS) {
-            float2 one = summary[group];
-            sums[group] = __float2ull_rn(one.y * weight(one.x, most, scale) * ONE);
+            float sum = __uint_as_float(sums[group]);
+            sums[group] = __float2ull_rn(sum * weight(maxima()[group], most, scale) * ONE);
             own += sums[group];
         }
-        return block_total(own, scratch);
-    }
-
-    // The smallest of the threads' indices.
-    __device__ uint32_t first_of(uint32_t index) {
-        __syncthreads();
-        if (threadIdx.x == 0) scratch.first = NONE;
-        __syncthreads();
-        if (index != NONE) atomicMin(&scratch.first, index);
-        __syncthreads();
-        return scratch.first;
+        return block_total(own);
     }
 
     // The lowest id of the largest logit; 0 when nothing is possible. In thread 0.
     __device__ uint32_t most_likely() {
         if (most == -INFINITY) return 0;
-        uint32_t own = NONE;
-        for (uint32_t group = threadIdx.x; group < groups && own == NONE; group += THREADS)
-            if (maxima[group] == most) own = group;
-        uint32_t group = first_of(own);
+        if (threadIdx.x == 0) scratch.first = NONE;
+        __syncthreads();
+        for (uint32_t group = threadIdx.x; group < groups; group += THREADS)
+            if (maxima()[group] == most) atomicMin(&scratch.first, group);
+        __syncthreads();
         if (threadIdx.x >= WARP) return 0;
-        uint32_t first = group * GROUP + threadIdx.x;
-        uint32_t low = __ballot_sync(~0u, logits.at(first) == most), high = __ballot_sync(~0u, logits.at(first + WARP) == most);
-        return group * GROUP + (low ? __ffs(low) - 1 : WARP + __ffs(high) - 1);
+        uint32_t first = scratch.first * GROUP;
+        float own[2] = {logits.at(first + threadIdx.x), logits.at(first + WARP + threadIdx.x)};
+        uint32_t low = __ballot_sync(~0u, own[0] == most), high = __ballot_sync(~0u, own[1] == most);
+        return first + (low ? __ffs(low) - 1 : WARP + __ffs(high) - 1);
     }
 
-    // ---- narrowing an interval to the bucket that holds a boundary
+    // ---- going through the groups that can matter
 
-    // Equal neighbours go into their bucket together, so that equal logits do not queue for it.
-    struct Run {
-        uint32_t bucket = NONE, count = 0;
-        Amount amount = 0;
-    };
-    template <Kind KIND> __device__ __forceinline__ void flush(const Run& run) {
-        if (run.bucket == NONE) return;
-        atomicAdd(counts + run.bucket, run.count);
-        if (KIND == COUNT) return;
-        uint32_t low = static_cast<uint32_t>(run.amount), before = atomicAdd(lows + run.bucket, low);
-        uint32_t high = static_cast<uint32_t>(run.amount >> 32) + (before + low < before);
-        if (high > 0) atomicAdd(highs + run.bucket, high);
-    }
-    template <Kind KIND> __device__ __forceinline__ void put(Run& run, const Interval& in, const Buckets& buckets, float logit) {
-        uint32_t key = to_key(logit);
-        if (!in.has(key)) return;
-        uint32_t bucket = buckets.of(key);
-        if (bucket != run.bucket) {
-            flush<KIND>(run);
-            run = Run();
-            run.bucket = bucket;
+    // Lists the groups of which a logit reaches `low`, and forgets all sums. How many there are.
+    __device__ __noinline__ uint32_t list_groups(float low) {
+        __syncthreads();
+        if (threadIdx.x == 0) scratch.reaching = 0;
+        __syncthreads();
+        Chooser own = *this;  // in registers
+#pragma unroll 4
+        for (uint32_t group = threadIdx.x; group < own.groups; group += THREADS) {
+            sums[group] = 0;
+            if (own.maxima()[group] >= low) own.reaching()[atomicAdd(&scratch.reaching, 1u)] = group;
         }
-        run.count++;
-        if (KIND == WEIGHT) run.amount += amount(logit);
+        __syncthreads();
+        return scratch.reaching;
     }
 
-    // Calls `each(id, values, group)` with eight logits at a time, all threads of a warp together; those of groups that do not
-    // reach `low` are not read and impossible.
-    template <typename F> __device__ __forceinline__ void for_eights(uint32_t low, F each) {
-        uint32_t end = groups * GROUP;
-        float next[EIGHT], values[EIGHT];
-        auto load = [&](uint32_t id) {
-            if (id < end && to_key(maxima[id / GROUP]) >= low) logits.load(id, next);
-            else
-#pragma unroll
-                for (int i = 0; i < EIGHT; i++) next[i] = -INFINITY;
+    // Calls `each(values, id)` with eight logits of the `count` listed groups at a time, all threads of a warp together; where
+    // there are none they are impossible, as NaN is, and `id` is of no group.
+    template <typename F> __device__ __forceinline__ void for_eights(uint32_t count, F each) {
+        constexpr uint32_t LANES = GROUP / EIGHT, STEP = THREADS / LANES;
+        Eight<T> next;
+        float values[EIGHT];
+        uint32_t first = threadIdx.x / WARP * (WARP / LANES), own = threadIdx.x % WARP / LANES, offset = threadIdx.x % LANES * EIGHT;
+        auto id_of = [&](uint32_t index) { return index < count ? reaching()[index] * GROUP + offset : groups * GROUP; };
+        auto fetch = [&](uint32_t index) {
+            if (index < count) logits.fetch(id_of(index));
         };
-        load(threadIdx.x * EIGHT);
-        for (uint32_t base = 0; base < end; base += THREADS * EIGHT) {
-            uint32_t id = base + threadIdx.x * EIGHT;
-#pragma unroll
-            for (int i = 0; i < EIGHT; i++) values[i] = next[i];
+        for (uint32_t step = 0; step < AHEAD; step++) fetch(first + step * STEP + own);
+        logits.load(id_of(first + own), next);
+        for (uint32_t at = first; at < count; at += STEP) {
+            fetch(at + AHEAD * STEP + own);
+            next.get(values);
             // The next are on their way while these are worked on.
-            load(id + THREADS * EIGHT);
-            each(id, values);
+            logits.load(id_of(at + STEP + own), next);
+            each(values, id_of(at + own));
         }
     }
 
-    __device__ void clear_buckets() {
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < 3 * BUCKETS; i += THREADS) lows[i] = 0;
-        __syncthreads();
+    // ---- where a boundary is, guessed: what is gathered then tells
+
+    // Weights are counted in parts of 2^31 of what there is, so that a bucket is one word: how many are 1, as a power of two.
+    template <Kind KIND> __device__ __forceinline__ static float units_of(Amount all) {
+        return KIND == COUNT ? 0 : 71 - log2f(static_cast<float>(all));
     }
-    template <Kind KIND> __device__ void fill_with_maxima(const Interval& in, const Buckets& buckets) {
-        Run run;
-        for (uint32_t group = threadIdx.x; group < groups; group += THREADS) put<KIND>(run, in, buckets, maxima[group]);
-        flush<KIND>(run);
+    template <Kind KIND> __device__ __forceinline__ uint32_t units(float logit, float one) const {
+        return KIND == COUNT ? 1 : __float2uint_rn(exp2_fast(__fmaf_rn(logit - most, scale, one)));
     }
-    template <Kind KIND> __device__ void fill_with_row(const Interval& in, const Buckets& buckets) {
-        Run run;
-        for_eights(in.low, [&](uint32_t, const float (&values)[EIGHT]) {
-#pragma unroll
-            for (int i = 0; i < EIGHT; i++) put<KIND>(run, in, buckets, values[i]);
-        });
-        flush<KIND>(run);
+    template <Kind KIND> __device__ __forceinline__ static uint32_t to_units(Amount wanted, float one) {
+        return KIND == COUNT ? wanted : max(__float2uint_rn(static_cast<float>(wanted) / ONE * exp2f(one)), 1u);
     }
 
-    template <Kind KIND> __device__ __forceinline__ Amount bucket_amount(uint32_t bucket) const {
-        return KIND == COUNT ? counts[bucket] : static_cast<Amount>(highs[bucket]) << 32 | lows[bucket];
+    __device__ __forceinline__ void clear_buckets() {
+        for (uint32_t i = threadIdx.x; i < BUCKETS; i += THREADS) scratch.buckets[i] = 0;
     }
 
-    // Narrows the interval to the filled bucket in which the amount comes to `wanted`. How many it holds; NONE, and no change,
-    // when all of it is less than `wanted`.
-    template <Kind KIND> __device__ uint32_t narrow(Interval& in, const Buckets& buckets, Amount wanted) {
+    // The part in whose bucket the units come to `wanted`, or to their total, which is given too.
+    __device__ Interval part_of(const Buckets& of, uint32_t wanted, uint32_t& total) {
         __syncthreads();
-        if (threadIdx.x == 0) scratch.bucket_count = NONE;
-        uint32_t first = 2 * threadIdx.x;
-        Amount own[2] = {bucket_amount<KIND>(first), bucket_amount<KIND>(first + 1)}, total;
-        Amount before = in.reached + block_before(own[0] + own[1], scratch, total);
+        uint32_t first = 2 * threadIdx.x, own[2] = {scratch.buckets[first], scratch.buckets[first + 1]};
+        if (threadIdx.x == 0) scratch.part = of.in;
+        uint32_t before = block_before(own[0] + own[1], total);
+        wanted = min(wanted, total);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if (before < wanted && before + own[i] >= wanted) {
-                scratch.bucket_count = counts[first + i];
-                scratch.reached = before;
-                scratch.low = buckets.smallest(in.low, first + i);
-                scratch.high = first + i == 0 ? in.high : buckets.smallest(in.low, first + i - 1) - 1;
-            }
+            if (before < wanted && before + own[i] >= wanted) scratch.part = of.part(first + i);
             before += own[i];
         }
         __syncthreads();
-        if (scratch.bucket_count != NONE) in = {scratch.low, scratch.high, scratch.reached};
-        return scratch.bucket_count;
+        return scratch.part;
     }
 
-    // A key that all logits of which the largest come to `wanted` reach: at least `low`, as near as the groups' largest tell.
-    template <Kind KIND> __device__ uint32_t bound(uint32_t low, Amount wanted) {
-        Interval in = {low, to_key(most), 0};
-        for (int pass = 0; pass < 4 && in.low < in.high; pass++) {
-            Buckets buckets(in, pass);
-            clear_buckets();
-            fill_with_maxima<KIND>(in, buckets);
-            uint32_t left = narrow<KIND>(in, buckets, wanted);
-            if (left == NONE || left <= 4) break;
-        }
-        return in.low;
+    // Of what reaches `low`: where the groups' largest come to `wanted` of `all`, which is no more than where all logits do.
+    template <Kind KIND> __device__ __noinline__ float bound(float low, Amount wanted, Amount all) {
+        float least = most, one = units_of<KIND>(all);
+        for (uint32_t group = threadIdx.x; group < groups; group += THREADS)
+            if (maxima()[group] >= low) least = fminf(least, maxima()[group]);
+        clear_buckets();
+        Buckets of({block_least(least), most}, most);
+        for (uint32_t group = threadIdx.x; group < groups; group += THREADS)
+            if (maxima()[group] >= low) atomicAdd(scratch.buckets + min(of.of(maxima()[group]), BUCKETS - 1), units<KIND>(maxima()[group], one));
+        uint32_t total, needed = to_units<KIND>(wanted, one);
+        Interval part = part_of(of, needed, total);
+        return total < needed ? low : part.low;
+    }
+
+    // A part of the interval, which comes to `all`: where the largest probably come to `wanted`.
+    template <Kind KIND> __device__ __noinline__ Interval likely(Interval in, Amount wanted, Amount all) {
+        Chooser own = *this;  // in registers
+        Buckets of(in, most);
+        float one = units_of<KIND>(all);
+        uint32_t none = BUCKETS + threadIdx.x % WARP, total;
+        clear_buckets();
+        own.for_eights(list_groups(in.low), [&](const float (&values)[EIGHT], uint32_t) {
+#pragma unroll
+            for (int i = 0; i < EIGHT; i++)  // without a branch
+                atomicAdd(scratch.buckets + min(of.of(values[i]), none), own.units<KIND>(values[i], one));
+        });
+        Interval part = part_of(of, to_units<KIND>(wanted, one), total);
+        return part.low > in.low || part.high < in.high ? part : in.upper_half();
     }
 
     // ---- listing an interval
 
-    // The whole warp takes part.
-    __device__ __forceinline__ void sum_group(uint32_t id, Amount own) {
-        own = over_group(own, [](Amount a, Amount b) { return a + b; });
-        if (threadIdx.x % (GROUP / EIGHT) == 0 && id / GROUP < groups) sums[id / GROUP] = own;
-    }
-
-    // Lists what is in the interval, and sums by group what is above it. How many there are, also when the list has no room.
-    __device__ uint32_t gather(const Interval& in) {
-        __syncthreads();
+    // Lists what `count` listed groups have in the interval, and sums by group what is above it.
+    template <Kind KIND> __device__ __noinline__ Gathered gather(Interval in, uint32_t count) {
+        Chooser own = *this;  // in registers
+        Gathered got = {0, 0, 0, {INFINITY, -INFINITY}};
         if (threadIdx.x == 0) scratch.listed = 0;
         __syncthreads();
-        bool is_any_above = in.high < to_key(most);
-        for_eights(in.low, [&](uint32_t id, const float (&values)[EIGHT]) {
+        own.for_eights(count, [&](const float (&values)[EIGHT], uint32_t id) {
             Amount above = 0;
+            uint32_t found = 0;
 #pragma unroll
             for (int i = 0; i < EIGHT; i++) {
-                uint32_t key = to_key(values[i]);
-                if (is_any_above && key > in.high) above += amount(values[i]);
-                if (!in.has(key)) continue;
-                uint32_t place = atomicAdd(&scratch.listed, 1u);
-                if (place < LIST) list[place] = static_cast<Amount>(~key) << 32 | (id + i);
+                bool is_above = values[i] > in.high;
+                above += is_above ? own.amount(values[i]) : 0;
+                if (KIND == COUNT) got.above += is_above;
+                found |= (values[i] >= in.low && !is_above) << i;
             }
-            sum_group(id, above);
+            for (; found > 0; found &= found - 1) own.add<KIND>(got, id + __ffs(found) - 1);
+            if (KIND == WEIGHT) got.above += above;
+            above = over_group(above, [](Amount a, Amount b) { return a + b; });
+            if (id % GROUP == 0 && id / GROUP < own.groups) sums[id / GROUP] = above;
         });
-        __syncthreads();
-        return scratch.listed;
+        got.above = block_total(got.above);
+        got.inside = block_total(got.inside);
+        got.listed = scratch.listed;
+        if (got.listed > LIST) got.seen = {block_least(got.seen.low), block_most(got.seen.high)};
+        return got;
     }
+    template <Kind KIND> __device__ __forceinline__ void add(Gathered& got, uint32_t id) const {
+        float logit = logits.at(id);
+        uint32_t place = atomicAdd(&scratch.listed, 1u);
+        if (place < LIST) scratch.list[place] = static_cast<Amount>(~to_key(logit)) << 32 | id;
+        got.inside += KIND == COUNT ? 1 : amount(logit);
+        got.seen = {fminf(got.seen.low, logit), fmaxf(got.seen.high, logit)};
+    }
+    // Sums by group what reaches `low`; what it comes to.
+    __device__ Amount sum_reaching(float low) { return gather<WEIGHT>({low, nextafterf(low, -INFINITY)}, list_groups(low)).above; }
 
-    // Sorts the list, the largest first, equal ones in id order (Batcher's bitonic sort).
-    __device__ void sort(uint32_t count) {
-        uint32_t size = 1;
-        while (size < count) size *= 2;
-        for (uint32_t i = count + threadIdx.x; i < size; i += THREADS) list[i] = ~0ull;
-        for (uint32_t run = 2; run <= size; run *= 2) {
-            for (uint32_t step = run / 2; step > 0; step /= 2) {
-                __syncthreads();
-                for (uint32_t pair = threadIdx.x; pair < size / 2; pair += THREADS) {
-                    uint32_t low = 2 * pair - (pair & (step - 1)), high = low + step;
-                    Amount a = list[low], b = list[high];
-                    if ((a > b) == ((low & run) == 0)) {
-                        list[low] = b;
-                        list[high] = a;
-                    }
-                }
+    // Sorts the list, the largest first, equal ones in id order: each goes where as many are before it.
+    __device__ __noinline__ void sort(uint32_t count) {
+        Amount own[EACH];
+        uint32_t place[EACH];
+        if (threadIdx.x == 0 && count % 2 > 0) scratch.list[count] = ~0ull;
+        __syncthreads();
+#pragma unroll
+        for (uint32_t i = 0; i < EACH; i++) {
+            place[i] = 0;
+            if (threadIdx.x + i * THREADS >= count) break;
+            own[i] = scratch.list[threadIdx.x + i * THREADS];
+            for (uint32_t j = 0; j < count; j += 2) {
+                ulonglong2 two = *reinterpret_cast<const ulonglong2*>(scratch.list + j);
+                place[i] += (two.x < own[i]) + (two.y < own[i]);
             }
         }
         __syncthreads();
+#pragma unroll
+        for (uint32_t i = 0; i < EACH; i++)
+            if (threadIdx.x + i * THREADS < count) scratch.list[place[i]] = own[i];
+        __syncthreads();
     }
 
-    // The amount of the first `count` of the list, and the first of them with which it comes to `wanted`.
-    __device__ Amount sum_list(uint32_t count, Amount wanted, uint32_t& index) {
-        constexpr uint32_t EACH = LIST / THREADS;
-        uint32_t first = threadIdx.x * EACH, found = NONE;
+    // Of the sorted list's first `count`, which come to a total: the first with which they come to `wanted_of(total)`, or the last.
+    template <typename F> __device__ float reach_in_list(uint32_t count, F wanted_of) {
+        uint32_t first = threadIdx.x * EACH;
         Amount own[EACH], sum = 0, total;
 #pragma unroll
         for (uint32_t i = 0; i < EACH; i++) {
-            own[i] = first + i < count ? amount(to_logit(key_of(list[first + i]))) : 0;
+            own[i] = first + i < count ? amount(logit_of(scratch.list[first + i])) : 0;
             sum += own[i];
         }
-        Amount before = block_before(sum, scratch, total);
+        if (threadIdx.x == 0) scratch.first = count - 1;
+        Amount before = block_before(sum, total), wanted = wanted_of(total);
 #pragma unroll
         for (uint32_t i = 0; i < EACH; i++) {
+            if (before < wanted && before + own[i] >= wanted) scratch.first = first + i;
             before += own[i];
-            if (found == NONE && first + i < count && before >= wanted) found = first + i;
         }
-        index = first_of(found);
-        return total;
+        __syncthreads();
+        return logit_of(scratch.list[scratch.first]);
     }
 
     // How many of the sorted list reach `bar`.
-    __device__ uint32_t reaching(uint32_t count, uint32_t bar) {
+    __device__ uint32_t count_reaching(uint32_t count, float bar) {
         uint32_t low = 0, high = count;
         while (low < high) {
             uint32_t middle = (low + high) / 2;
-            if (key_of(list[middle]) >= bar) low = middle + 1;
+            if (logit_of(scratch.list[middle]) >= bar) low = middle + 1;
             else high = middle;
         }
         return low;
     }
 
-    // Of the sorted list's first `count`: the smallest of the largest that come to `wanted`, or the last.
-    template <Kind KIND> __device__ uint32_t boundary(uint32_t count, Amount wanted) {
-        uint32_t index = static_cast<uint32_t>(min(wanted, static_cast<Amount>(count)) - 1);
-        if (KIND == WEIGHT) sum_list(count, wanted, index);
-        return key_of(list[min(index, count - 1)]);
+    // Adds what of the list reaches `bar` to the sums of its groups.
+    __device__ void add_list(uint32_t count, float bar) {
+        for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+            float logit = logit_of(scratch.list[i]);
+            if (logit >= bar) atomicAdd(sums + static_cast<uint32_t>(scratch.list[i]) / GROUP, amount(logit));
+        }
+        __syncthreads();
     }
 
-    // The smallest key of the largest of [low, most] that come to `wanted`. The list then has what is in `in`, sorted, `count`
-    // of it, and `sums` what is above.
-    template <Kind KIND> __device__ uint32_t select(uint32_t low, Amount wanted, Interval& in, uint32_t& count) {
-        in = {low, to_key(most), 0};
-        // A guess: groups that reach the bound have about two logits that do.
-        count = static_cast<uint32_t>(2 * groups_reaching(low));
-        for (int pass = 0;; pass++) {
-            if (count <= LIST) count = gather(in);
-            if (count <= LIST) break;
-            if (pass > 0) tighten(in);
-            // More equal logits than the list holds are summed already.
-            if (in.low == in.high && pass > 0) return none_listed(in, count);
-            Buckets buckets(in, pass);
-            clear_buckets();
-            fill_with_row<KIND>(in, buckets);
-            if (narrow<KIND>(in, buckets, wanted) == NONE) {
-                // All of it is too little: all of it is kept.
-                tighten(in);
-                in.low = low;
-                return none_listed(in, count);
+    // ---- where a boundary is
+
+    // The smallest of the largest logits that come to `wanted`, of those that reach `low` and come to `all`; `low` when all of
+    // them do not. Leaves what is near in the list, sorted, and what is above that in `sums`. `guess`: where to look first.
+    template <Kind KIND> __device__ __noinline__ Boundary select(float low, float guess, Amount wanted, Amount all) {
+        Interval in = {low, most}, part = {guess, most};
+        Amount reached = 0;
+        uint32_t count = list_groups(guess);
+        // Groups that reach a bound have about two logits that do.
+        if (count > LIST / 2 && guess < most) count = list_groups((part = likely<KIND>(in, wanted, all)).low);
+        for (;;) {
+            Gathered got = gather<KIND>(part, count);
+            Amount through = got.above + got.inside;
+            if (got.above >= wanted) {
+                in.low = nextafterf(part.high, INFINITY), all = got.above;
+            } else if (through < wanted) {
+                if (part.low <= low) return all_reaching(low);
+                in.high = nextafterf(part.low, -INFINITY), reached = through;
+            } else if (got.listed <= LIST) {
+                return in_list<KIND>(got, part, wanted);
+            } else {
+                in = got.seen, reached = got.above, all = through;
             }
-            count = scratch.bucket_count;
+            if (in.low == in.high) return all_reaching(in.low);
+            count = list_groups((part = likely<KIND>(in, wanted - reached, max(all, reached) - reached + (all >> 20) + 1)).low);
         }
-        sort(count);
-        return count == 0 ? in.low : boundary<KIND>(count, wanted > in.reached ? wanted - in.reached : 1);
     }
-    // All that reaches the interval's low end is kept and summed.
-    __device__ __forceinline__ static uint32_t none_listed(Interval& in, uint32_t& count) {
-        in.high = in.low - 1;
-        count = 0;
-        return in.low;
+    __device__ Boundary all_reaching(float bar) {
+        sum_reaching(bar);
+        return {bar, 0, false};
     }
-    // Narrows the interval to the keys that are there, and sums by group what reaches its low end.
-    __device__ void tighten(Interval& in) {
-        __syncthreads();
-        if (threadIdx.x == 0) scratch.low = NONE, scratch.high = 0;
-        __syncthreads();
-        uint32_t low = NONE, high = 0;
-        for_eights(in.low, [&](uint32_t id, const float (&values)[EIGHT]) {
-            Amount reaching = 0;
-#pragma unroll
-            for (int i = 0; i < EIGHT; i++) {
-                uint32_t key = to_key(values[i]);
-                if (key >= in.low) reaching += amount(values[i]);
-                if (in.has(key)) low = min(low, key), high = max(high, key);
-            }
-            sum_group(id, reaching);
-        });
-        atomicMin(&scratch.low, low);
-        atomicMax(&scratch.high, high);
-        __syncthreads();
-        if (scratch.low <= scratch.high) in.low = scratch.low, in.high = scratch.high;
-    }
-    __device__ Amount groups_reaching(uint32_t low) {
-        Amount own = 0;
-        for (uint32_t group = threadIdx.x; group < groups; group += THREADS) own += to_key(maxima[group]) >= low;
-        return block_total(own, scratch);
+    template <Kind KIND> __device__ Boundary in_list(const Gathered& got, const Interval& part, Amount wanted) {
+        sort(got.listed);
+        wanted -= got.above;
+        float bar = KIND == COUNT ? logit_of(scratch.list[wanted - 1]) : reach_in_list(got.listed, [&](Amount) { return wanted; });
+        return {bar, got.listed, part.high >= most};
     }
 
     // ---- what is kept
@@ -611,14 +620,7 @@ template <typename T> struct Chooser {
     __device__ Amount total_of_sums() {
         Amount own = 0;
         for (uint32_t group = threadIdx.x; group < groups; group += THREADS) own += sums[group];
-        return block_total(own, scratch);
-    }
-    // Adds the list's first `count` to the sums of their groups.
-    __device__ void add_list(uint32_t count) {
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < count; i += THREADS)
-            atomicAdd(sums + static_cast<uint32_t>(list[i]) / GROUP, amount(to_logit(key_of(list[i]))));
-        __syncthreads();
+        return block_total(own);
     }
 
     __device__ __forceinline__ static Amount share(Amount total, float part) {
@@ -627,57 +629,47 @@ template <typename T> struct Chooser {
     }
 
     // Nothing below this can be in the nucleus: all that is comes to less than what the nucleus leaves out. As on the CPU.
-    __device__ __forceinline__ uint32_t nucleus_floor(uint32_t low, Amount total, Amount wanted) const {
+    __device__ __forceinline__ float nucleus_floor(float low, Amount total, Amount wanted) const {
         float least = static_cast<float>(total - wanted) / ONE / logits.vocab;
-        float bound = most + log2f(least) / scale - 1e-3f;
-        return bound > to_logit(low) ? to_key(bound) : low;
+        return fmaxf(low, most + log2f(least) / scale - 1e-3f);
     }
 
-    // Leaves in `sums` what the filters keep; the smallest key of it.
-    __device__ uint32_t keep(const SamplingRow& state, const float2* summary) {
-        float floor = fmaxf(fmaxf(most + state.least, most - DEPTH / scale), LOWEST);
-        uint32_t low = to_key(floor), bar = low, count = 0;
-        bool has_top_k = state.top_k > 0 && state.top_k < logits.vocab;
-        if (!has_top_k && state.least == -INFINITY) return state.top_p < 1 ? keep_nucleus(low, sum_all(summary)) : (sum_all(summary), 0);
-        Interval in;
-        if (has_top_k) {
-            bar = select<COUNT>(bound<COUNT>(low, state.top_k), state.top_k, in, count);
-            count = reaching(count, bar);
-            if (state.top_p < 1 && in.high >= to_key(most) && count > 0) {
-                uint32_t index;
-                Amount total = sum_list(count, ~0ull, index);
-                bar = boundary<WEIGHT>(count, share(total, state.top_p));
-                add_list(reaching(count, bar));
-                return bar;
-            }
-            add_list(count);
-        } else {
-            in = {low, low - 1, 0};
-            gather(in);
+    // Leaves in `sums` what the filters keep; the smallest of it.
+    __device__ float keep(const SamplingRow& state) {
+        float low = fmaxf(fmaxf(most + state.least, most - DEPTH / scale), LOWEST);
+        if (state.top_k > 0 && state.top_k < logits.vocab) return keep_top_k(low, state.top_k, state.top_p);
+        bool keeps_all = state.least == -INFINITY;
+        Amount total = keeps_all ? sum_all() : sum_reaching(low);
+        if (state.top_p < 1) return keep_nucleus(low, total, state.top_p);
+        return keeps_all ? -INFINITY : low;
+    }
+    __device__ float keep_top_k(float low, uint32_t k, float top_p) {
+        Boundary found = select<COUNT>(low, bound<COUNT>(low, k, k), k, k);
+        if (top_p < 1 && found.is_whole) {
+            uint32_t count = count_reaching(found.listed, found.bar);
+            found.bar = reach_in_list(count, [&](Amount total) { return share(total, top_p); });
         }
-        return state.top_p < 1 ? keep_nucleus(bar, total_of_sums()) : bar;
+        add_list(found.listed, found.bar);
+        return top_p < 1 && !found.is_whole ? keep_nucleus(found.bar, total_of_sums(), top_p) : found.bar;
     }
     // Of what reaches `low` and comes to `total`.
-    __device__ uint32_t keep_nucleus(uint32_t low, Amount total) {
-        Amount wanted = share(total, reach);
-        Interval in;
-        uint32_t count;
-        low = bound<WEIGHT>(nucleus_floor(low, total, wanted), wanted);
-        uint32_t bar = select<WEIGHT>(low, wanted, in, count);
-        add_list(reaching(count, bar));
-        return bar;
+    __device__ float keep_nucleus(float low, Amount total, float top_p) {
+        Amount wanted = share(total, top_p);
+        low = nucleus_floor(low, total, wanted);
+        Boundary found = select<WEIGHT>(low, bound<WEIGHT>(low, wanted, total), wanted, total);
+        add_list(found.listed, found.bar);
+        return found.bar;
     }
-    float reach;  // top_p
 
     // ---- the draw
 
     // The first token that reaches `bar` and whose running sum exceeds u of the total. In warp 0.
-    __device__ uint32_t draw(uint32_t bar, uint32_t bits) {
+    __device__ uint32_t draw(float bar, uint32_t bits) {
         uint32_t each = (groups + THREADS - 1) / THREADS, first = min(threadIdx.x * each, groups), last = min(first + each, groups);
         Amount own = 0, total;
         __syncthreads();
         for (uint32_t group = first; group < last; group++) own += sums[group];
-        Amount before = block_before(own, scratch, total);
+        Amount before = block_before(own, total);
         // floor(total * u): a whole number exceeds it when it exceeds total * u.
         Amount target = (total >> 24) * bits + ((total & 0xffffff) * bits >> 24);
         if (before <= target && before + own > target) {
@@ -689,12 +681,14 @@ template <typename T> struct Chooser {
         __syncthreads();
         return threadIdx.x < WARP ? draw_of_group(scratch.first, bar, scratch.reached) : 0;
     }
-    __device__ uint32_t draw_of_group(uint32_t group, uint32_t bar, Amount target) {
+    __device__ uint32_t draw_of_group(uint32_t group, float bar, Amount target) {
+        uint32_t begin = group * GROUP, last = begin;
+        float values[2] = {logits.at(begin + threadIdx.x), logits.at(begin + WARP + threadIdx.x)};
         Amount running = 0;
-        uint32_t last = group * GROUP;
-        for (uint32_t first = group * GROUP; first < (group + 1) * GROUP; first += WARP) {
-            float logit = logits.at(first + threadIdx.x);
-            Amount own = to_key(logit) >= bar ? amount(logit) : 0, sum = running + warp_sums(own);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t first = begin + half * WARP;
+            Amount own = values[half] >= bar ? amount(values[half]) : 0, sum = running + warp_sums(own);
             uint32_t beyond = __ballot_sync(~0u, own > 0 && sum > target), possible = __ballot_sync(~0u, own > 0);
             if (beyond) return first + __ffs(beyond) - 1;
             // Where rounding leaves the sum short it is the last.
@@ -705,16 +699,12 @@ template <typename T> struct Chooser {
     }
 };
 
-extern __shared__ uint64_t shared[];
-
 template <typename T>
-__device__ __noinline__ uint32_t choose(Logits<T> logits, const SamplingRow& state, const float2* summary, uint32_t groups, Scratch& scratch) {
-    Chooser<T> chooser(logits, groups, state.scale, scratch, reinterpret_cast<uint8_t*>(shared));
+__device__ __noinline__ uint32_t choose(Logits<T> logits, const SamplingRow& state, const float2* summary, uint32_t groups) {
+    Chooser<T> chooser = {logits, groups, state.scale};
     chooser.look(summary);
     if (state.scale == 0 || !isfinite(chooser.most)) return chooser.most_likely();
-    chooser.reach = state.top_p;
-    uint32_t bar = chooser.keep(state, summary);
-    return chooser.draw(bar, uniform_bits(state));
+    return chooser.draw(chooser.keep(state), uniform_bits(state));
 }
 
 // The row takes up its token.
@@ -730,7 +720,6 @@ __device__ __forceinline__ void take_up(const SamplingRows& rows, const Sampling
 
 // Grid: draws.
 template <typename T> __device__ __forceinline__ void choose_draw(const Sample& sample, const T* all) {
-    __shared__ Scratch scratch;
     Draw draw = sample.draws[blockIdx.x];
     uint32_t token = 0;
     if (draw.logits < sample.logit_rows && draw.candidates == 0) {
@@ -738,9 +727,9 @@ template <typename T> __device__ __forceinline__ void choose_draw(const Sample& 
         const float2* summary = sample.summary + static_cast<size_t>(blockIdx.x) * sample.groups;
         if (changes(sample, state)) {
             Logits<float> logits = {altered_row(sample, blockIdx.x), sample.rows.vocab};
-            token = choose(logits, state, summary, sample.groups, scratch);
+            token = choose(logits, state, summary, sample.groups);
         } else {
-            token = choose(raw(sample, all, draw), state, summary, sample.groups, scratch);
+            token = choose(raw(sample, all, draw), state, summary, sample.groups);
         }
         if (threadIdx.x == 0) take_up(sample.rows, state, draw.row, token);
     }
@@ -789,14 +778,14 @@ template <typename T> struct Reporter {
         return value == value ? value : -INFINITY;
     }
 
-    // Appends the logits of this key to the list, in id order, until it holds `wanted`; how many it holds then.
-    __device__ uint32_t append(uint32_t key, uint32_t held, uint32_t wanted) {
+    // Appends the tokens of this logit to the list, in id order, until it holds `wanted`; how many it holds then.
+    __device__ uint32_t append(float logit, uint32_t held, uint32_t wanted) {
         for (uint32_t base = 0; base < chooser.logits.vocab && held < wanted; base += THREADS) {
-            uint32_t id = base + threadIdx.x;
-            bool is_one = id < chooser.logits.vocab && to_key(chooser.logits.at(id)) == key;
-            Amount total, place = held + block_before(is_one, chooser.scratch, total);
-            if (is_one && place < wanted) chooser.list[place] = static_cast<Amount>(~key) << 32 | id;
-            held = min(held + static_cast<uint32_t>(total), wanted);
+            uint32_t id = base + threadIdx.x, total;
+            uint32_t is_one = id < chooser.logits.vocab && chooser.logits.at(id) == logit;
+            uint32_t place = held + block_before(is_one, total);
+            if (is_one && place < wanted) scratch.list[place] = static_cast<Amount>(~to_key(logit)) << 32 | id;
+            held = min(held + total, wanted);
         }
         return held;
     }
@@ -805,42 +794,39 @@ template <typename T> struct Reporter {
     __device__ void list(uint32_t wanted) {
         uint32_t held = 0;
         if (chooser.most > -INFINITY) {
-            Interval in;
-            uint32_t low = chooser.template bound<COUNT>(to_key(LOWEST), wanted);
-            uint32_t bar = chooser.template select<COUNT>(low, wanted, in, held);
-            if (held >= wanted && in.high >= to_key(chooser.most)) return;
-            held = 0;
-            if (bar < to_key(chooser.most)) {
-                held = chooser.gather({bar + 1, to_key(chooser.most), 0});
-                chooser.sort(held);
-            }
-            held = append(bar, held, wanted);
+            float guess = chooser.template bound<COUNT>(LOWEST, wanted, wanted);
+            Boundary found = chooser.template select<COUNT>(LOWEST, guess, wanted, wanted);
+            if (found.is_whole) return;
+            // Fewer than are wanted are above the bar.
+            Interval above = {nextafterf(found.bar, INFINITY), INFINITY};
+            held = chooser.template gather<COUNT>(above, chooser.list_groups(above.low)).listed;
+            chooser.sort(held);
+            held = append(found.bar, held, wanted);
         }
-        append(to_key(-INFINITY), held, wanted);
+        append(-INFINITY, held, wanted);
         __syncthreads();
     }
 };
 
 // Grid: draws.
 template <typename T> __device__ __forceinline__ void report(const Sample& sample, const T* all) {
-    __shared__ Scratch scratch;
     Draw draw = sample.draws[blockIdx.x];
     Wanted want = wanted(sample, draw);
     if (!want.is_wanted) return;
     const float2* summary = sample.summary + static_cast<size_t>(blockIdx.x) * sample.groups;
     Score* scores = sample.scores + static_cast<size_t>(blockIdx.x) * (1 + sample.top);
-    Chooser<T> chooser(raw(sample, all, draw), sample.groups, LOG2_E, scratch, reinterpret_cast<uint8_t*>(shared));
+    Chooser<T> chooser = {raw(sample, all, draw), sample.groups, LOG2_E};
     chooser.look(summary);
     Reporter<T> reporter = {chooser, chooser.most};
-    if (isfinite(chooser.most)) reporter.partition += log(static_cast<double>(chooser.sum_all(summary)) / ONE);
+    if (isfinite(chooser.most)) reporter.partition += log(static_cast<double>(chooser.sum_all()) / ONE);
     uint32_t token = sample.tokens[blockIdx.x];
     if (threadIdx.x == 0 && draw.candidates == 0)
         scores[0] = {token, reporter.logprob(chooser.logits.at(token)), 1 + sample.before[blockIdx.x]};
     if (want.top == 0) return;
     reporter.list(want.top);
     for (uint32_t i = threadIdx.x; i < want.top; i += THREADS) {
-        Amount item = chooser.list[i];
-        scores[1 + i] = {static_cast<uint32_t>(item), reporter.logprob(to_logit(Chooser<T>::key_of(item))), 1 + i};
+        Amount item = scratch.list[i];
+        scores[1 + i] = {static_cast<uint32_t>(item), reporter.logprob(Chooser<T>::logit_of(item)), 1 + i};
     }
 }
 

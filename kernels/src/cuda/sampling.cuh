@@ -38,9 +38,8 @@ struct SamplingRows {
     __device__ __forceinline__ uint32_t* stops_of(uint32_t row) const { return stops + static_cast<size_t>(row) * room; }
     // A row's state; a row that is not there or not admitted is greedy.
     __device__ __forceinline__ SamplingRow state(uint32_t row) const {
-        if (row < n_rows && rows[row].is_admitted) return rows[row];
-        SamplingRow none = {};
-        return none;
+        SamplingRow none = {}, state = row < n_rows ? rows[row] : none;
+        return state.is_admitted ? state : none;
     }
 };
 

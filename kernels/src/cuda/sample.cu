@@ -32,7 +32,7 @@ constexpr uint32_t BUCKETS = 2 * THREADS;
 constexpr uint32_t LIST = 2048;
 constexpr uint32_t EACH = LIST / THREADS;  // of the list, for each thread
 // Steps of a pass whose logits are on their way to the second cache.
-constexpr uint32_t AHEAD = 4;
+constexpr uint32_t AHEAD = 2;
 
 struct Draw {
     uint32_t logits;      // row; none there: no draw
@@ -213,19 +213,17 @@ struct Interval {
 // An interval in BUCKETS parts of equal width, from its high end down.
 struct Buckets {
     Interval in;
-    float most, rate, first, width;
+    float rate, width;
 
-    __device__ __forceinline__ Buckets(const Interval& in, float most) : in(in), most(most) {
+    __device__ __forceinline__ explicit Buckets(const Interval& in) : in(in) {
         float whole = fminf(fmaxf(in.high - in.low, 1e-30f), -LOWEST);
         width = whole / BUCKETS;
         rate = (BUCKETS - 0.001f) / whole;
-        first = (in.high - most) * rate;
     }
     // Where nothing is in the interval it is no bucket.
     __device__ __forceinline__ uint32_t of(float logit) const {
         // Whole numbers are the last bits of floats from 2^23 on: that is faster than a conversion.
-        float at = __fmaf_rn(logit - most, -rate, first);
-        return __float_as_uint(__fadd_rz(at, 8388608.0f)) - __float_as_uint(8388608.0f);
+        return __float_as_uint(__fadd_rz((in.high - logit) * rate, 8388608.0f)) - __float_as_uint(8388608.0f);
     }
     // A little wider than the bucket, for what is rounded.
     __device__ __forceinline__ Interval part(uint32_t bucket) const {
@@ -429,7 +427,7 @@ template <typename T> struct Chooser {
         for (uint32_t i = threadIdx.x; i < BUCKETS; i += THREADS) scratch.buckets[i] = 0;
     }
 
-    // The part in whose bucket the units come to `wanted`, or to their total, which is given too.
+    // The part in whose bucket the units come to `wanted`; when they do not before their total, which is given too, from there down.
     __device__ Interval part_of(const Buckets& of, uint32_t wanted, uint32_t& total) {
         __syncthreads();
         uint32_t first = 2 * threadIdx.x, own[2] = {scratch.buckets[first], scratch.buckets[first + 1]};
@@ -442,7 +440,7 @@ template <typename T> struct Chooser {
             before += own[i];
         }
         __syncthreads();
-        return scratch.part;
+        return {wanted < total ? scratch.part.low : of.in.low, scratch.part.high};
     }
 
     // Of what reaches `low`: where the groups' largest come to `wanted` of `all`, which is no more than where all logits do.
@@ -451,18 +449,21 @@ template <typename T> struct Chooser {
         for (uint32_t group = threadIdx.x; group < groups; group += THREADS)
             if (maxima()[group] >= low) least = fminf(least, maxima()[group]);
         clear_buckets();
-        Buckets of({block_least(least), most}, most);
+        Buckets of({block_least(least), most});
         for (uint32_t group = threadIdx.x; group < groups; group += THREADS)
             if (maxima()[group] >= low) atomicAdd(scratch.buckets + min(of.of(maxima()[group]), BUCKETS - 1), units<KIND>(maxima()[group], one));
         uint32_t total, needed = to_units<KIND>(wanted, one);
         Interval part = part_of(of, needed, total);
-        return total < needed ? low : part.low;
+        // When the largest of more groups than are listed at once are equal all logits may be.
+        bool are_equal = of.in.low == most && total / (LIST / 2) > units<KIND>(most, one);
+        return are_equal ? most : total < needed ? low : part.low;
     }
 
-    // A part of the interval, which comes to `all`: where the largest probably come to `wanted`.
-    template <Kind KIND> __device__ __noinline__ Interval likely(Interval in, Amount wanted, Amount all) {
+    // A part of the interval, which comes to `all`: where the largest probably come to `wanted`, and so many times as much on
+    // either side of it.
+    template <Kind KIND> __device__ __noinline__ Interval likely(Interval in, Amount wanted, Amount all, uint32_t beside) {
         Chooser own = *this;  // in registers
-        Buckets of(in, most);
+        Buckets of(in);
         float one = units_of<KIND>(all);
         uint32_t none = BUCKETS + threadIdx.x % WARP, total;
         clear_buckets();
@@ -472,7 +473,10 @@ template <typename T> struct Chooser {
                 atomicAdd(scratch.buckets + min(of.of(values[i]), none), own.units<KIND>(values[i], one));
         });
         Interval part = part_of(of, to_units<KIND>(wanted, one), total);
-        return part.low > in.low || part.high < in.high ? part : in.upper_half();
+        float more = beside * (part.high - part.low);
+        part = {fmaxf(part.low - more, in.low), fminf(part.high + more, in.high)};
+        // Where all of it was too much to list it must be less.
+        return beside > 0 || part.low > in.low || part.high < in.high ? part : in.upper_half();
     }
 
     // ---- listing an interval
@@ -493,7 +497,7 @@ template <typename T> struct Chooser {
                 if (KIND == COUNT) got.above += is_above;
                 found |= (values[i] >= in.low && !is_above) << i;
             }
-            for (; found > 0; found &= found - 1) own.add<KIND>(got, id + __ffs(found) - 1);
+            if (found > 0) own.list<KIND>(got, found, id);
             if (KIND == WEIGHT) got.above += above;
             above = over_group(above, [](Amount a, Amount b) { return a + b; });
             if (id % GROUP == 0 && id / GROUP < own.groups) sums[id / GROUP] = above;
@@ -504,12 +508,16 @@ template <typename T> struct Chooser {
         if (got.listed > LIST) got.seen = {block_least(got.seen.low), block_most(got.seen.high)};
         return got;
     }
-    template <Kind KIND> __device__ __forceinline__ void add(Gathered& got, uint32_t id) const {
-        float logit = logits.at(id);
-        uint32_t place = atomicAdd(&scratch.listed, 1u);
-        if (place < LIST) scratch.list[place] = static_cast<Amount>(~to_key(logit)) << 32 | id;
-        got.inside += KIND == COUNT ? 1 : amount(logit);
-        got.seen = {fminf(got.seen.low, logit), fmaxf(got.seen.high, logit)};
+    // Lists those of the eight logits from `id` on whose bits are set.
+    template <Kind KIND> __device__ __forceinline__ void list(Gathered& got, uint32_t found, uint32_t id) const {
+        uint32_t place = atomicAdd(&scratch.listed, __popc(found));
+        for (; found > 0; found &= found - 1, place++) {
+            uint32_t one = id + __ffs(found) - 1;
+            float logit = logits.at(one);
+            if (place < LIST) scratch.list[place] = static_cast<Amount>(~to_key(logit)) << 32 | one;
+            got.inside += KIND == COUNT ? 1 : amount(logit);
+            got.seen = {fminf(got.seen.low, logit), fmaxf(got.seen.high, logit)};
+        }
     }
     // Sums by group what reaches `low`; what it comes to.
     __device__ Amount sum_reaching(float low) { return gather<WEIGHT>({low, nextafterf(low, -INFINITY)}, list_groups(low)).above; }
@@ -584,24 +592,26 @@ template <typename T> struct Chooser {
     template <Kind KIND> __device__ __noinline__ Boundary select(float low, float guess, Amount wanted, Amount all) {
         Interval in = {low, most}, part = {guess, most};
         Amount reached = 0;
-        uint32_t count = list_groups(guess);
+        uint32_t count = list_groups(guess), beside = 0;
         // Groups that reach a bound have about two logits that do.
-        if (count > LIST / 2 && guess < most) count = list_groups((part = likely<KIND>(in, wanted, all)).low);
+        if (count > LIST / 2 && guess < most) count = list_groups((part = likely<KIND>(in, wanted, all, beside)).low);
         for (;;) {
             Gathered got = gather<KIND>(part, count);
             Amount through = got.above + got.inside;
+            // Each time that it is not there more is looked at, so that it is soon.
             if (got.above >= wanted) {
-                in.low = nextafterf(part.high, INFINITY), all = got.above;
+                in.low = nextafterf(part.high, INFINITY), all = got.above, beside = 2 * beside + 1;
             } else if (through < wanted) {
                 if (part.low <= low) return all_reaching(low);
-                in.high = nextafterf(part.low, -INFINITY), reached = through;
+                in.high = nextafterf(part.low, -INFINITY), reached = through, beside = 2 * beside + 1;
             } else if (got.listed <= LIST) {
                 return in_list<KIND>(got, part, wanted);
             } else {
-                in = got.seen, reached = got.above, all = through;
+                in = got.seen, reached = got.above, all = through, beside = 0;
             }
             if (in.low == in.high) return all_reaching(in.low);
-            count = list_groups((part = likely<KIND>(in, wanted - reached, max(all, reached) - reached + (all >> 20) + 1)).low);
+            Amount left = max(all, reached) - reached + (all >> 20) + 1;
+            count = list_groups((part = likely<KIND>(in, wanted - reached, left, beside)).low);
         }
     }
     __device__ Boundary all_reaching(float bar) {

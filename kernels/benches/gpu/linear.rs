@@ -4,7 +4,7 @@ use std::error::Error;
 
 use cudarc::driver::CudaSlice;
 use half::bf16;
-use kernels::cuda::{Kernels, Linear, Onto, Products, Way};
+use kernels::cuda::{Gate, GateActivation, Kernels, Linear, Onto, Products, Way};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -74,6 +74,9 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
             all.figure += &format!(", {}", products.way::<bf16>(&product.shape)?);
         }
         rows.push(all);
+        if count <= 1024 {
+            rows.push(gated(timer, &mut layer[2], &mut products)?);
+        }
         for product in layer.iter_mut().filter(|_| (2..=512).contains(&count)) {
             for (operation, is_library) in [("own", false), ("cublaslt", true)] {
                 rows.extend(best(timer, (operation, is_library), (product, &mut products))?);
@@ -102,6 +105,41 @@ fn best(
         }
     }
     Ok(best)
+}
+
+/// The gate in the product's launch, against a launch of its own.
+fn gated(
+    timer: &Timer,
+    product: &mut Product,
+    products: &mut Products,
+) -> Result<Row, Box<dyn Error>> {
+    let (kernels, plain) = (&timer.kernels, product.shape);
+    let activation = GateActivation::Silu;
+    let shape = Linear { outputs: plain.outputs / 2, onto: Onto::Gate(activation), ..plain };
+    let gate = Gate { rows: plain.rows, width: shape.outputs, activation };
+    let mut out = kernels.memory(shape.rows as usize * shape.outputs as usize)?;
+    let Product { weights, x, out: both, .. } = product;
+    let all: Vec<_> = weights.iter().collect();
+    products.tune(kernels, &shape, (x, &all), &mut out)?;
+    let apart = timer.time(4 * LAYERS, |index| {
+        kernels.linear(&plain, (x, &weights[index % LAYERS]), both, products)?;
+        Ok(kernels.gate(&gate, both, &mut out)?)
+    })?;
+    let time = timer.time(4 * LAYERS, |index| {
+        Ok(kernels.linear(&shape, (x, &weights[index % LAYERS]), &mut out, products)?)
+    })?;
+    let bytes = 2.0 * f64::from(shape.inputs) * f64::from(shape.rows + shape.w_rows())
+        + 2.0 * f64::from(shape.rows) * f64::from(shape.outputs);
+    let operations =
+        2.0 * f64::from(shape.rows) * f64::from(shape.inputs) * f64::from(shape.w_rows());
+    Ok(Row {
+        operation: "linear",
+        shape: format!("{} rows, gate and up with SiLU", shape.rows),
+        time,
+        floor: (bytes / timer.copy_rate / 1e3).max(operations / ARITHMETIC),
+        rival: Some((apart, "two launches")),
+        figure: products.way::<bf16>(&shape)?.to_string(),
+    })
 }
 
 /// Times some products, one after the other, by this way or the one that is chosen.

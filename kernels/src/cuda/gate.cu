@@ -1,11 +1,6 @@
 // out = activation(gate) * up, from rows that hold the gate and then the up projection.
+#include "activation.cuh"
 #include "rows.cuh"
-
-__device__ __forceinline__ float silu(float x) { return x / (1 + exp2_fast(-x * LOG2_E)); }
-// With the hyperbolic tangent (Hendrycks and Gimpel, arXiv 1606.08415).
-__device__ __forceinline__ float gelu(float x) {
-    return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
 
 template <typename T, float (*ACTIVATION)(float)>
 __device__ __forceinline__ void gate(const T* x, T* out, uint32_t rows, uint32_t width) {

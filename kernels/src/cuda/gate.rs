@@ -1,7 +1,7 @@
 //! The gate of a feed-forward layer (Shazeer, arXiv 2002.05202): activation(gate) * up.
 
 /// What the gate goes through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GateActivation {
     Silu,
     /// With the hyperbolic tangent.
@@ -31,7 +31,7 @@ impl Gate {
 }
 
 impl GateActivation {
-    fn of(self, x: f64) -> f64 {
+    pub(super) fn of(self, x: f64) -> f64 {
         match self {
             Self::Silu => x / (1.0 + (-x).exp()),
             Self::Gelu => {

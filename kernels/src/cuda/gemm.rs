@@ -323,10 +323,7 @@ impl Kernels {
             .map_err(|source| LaunchError::Driver { what: "to use the device", source })?;
         let (library, workspace) = (gemm.library.0, gemm.workspace.device_ptr_mut(stream).0);
         let (plan, algorithm) = (gemm.plan::<T>(shape)?, cublasLtMatmulAlgo_t { data: algorithm });
-        let added = match shape.onto {
-            Onto::Nothing => 0.0_f32,
-            Onto::Residual => 1.0,
-        };
+        let added = if shape.onto == Onto::Residual { 1.0_f32 } else { 0.0 };
         let (x, w, out) =
             (x.device_ptr(stream).0, w.device_ptr(stream).0, out.device_ptr_mut(stream).0);
         // SAFETY: everything is live, and the memory is as long as the layouts say, which was checked above.

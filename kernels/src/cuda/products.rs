@@ -14,7 +14,7 @@ use super::choices::{Choices, Kept};
 use super::few_row::{self, FewRowScratch};
 use super::gemm::{Algorithm, Gemm};
 use super::split_k::{Cut, SplitKScratch};
-use super::{DeviceError, Kernels, LaunchError, Linear, Onto, Real};
+use super::{DeviceError, GateActivation, Kernels, LaunchError, Linear, Onto, Real};
 use crate::cpu::KernelError;
 
 /// Of our ways to a product, and of the library's proposals, how many are timed.
@@ -97,13 +97,17 @@ impl Products {
         })
     }
 
-    /// Every way to a shape: ours, what should be fastest first, then the library's first proposals.
+    /// Every way to a shape: ours, what should be fastest first, then the library's first proposals. With a gate there is none on
+    /// devices before Hopper, nor for more than 1,024 rows: then it is a launch of its own ([`super::Gate`]).
     ///
     /// # Errors
     /// When the library refuses the shape.
     pub fn ways<T: Real>(&mut self, shape: &Linear) -> Result<Vec<Way>, LaunchError> {
-        let proposals = self.gemm.propose::<T>(shape, PROPOSALS)?;
-        let few_row = (shape.rows <= few_row::MOST_ROWS).then_some(Kind::FewRow);
+        let is_plain = !matches!(shape.onto, Onto::Gate(_));
+        let proposals =
+            if is_plain { self.gemm.propose::<T>(shape, PROPOSALS)? } else { Vec::new() };
+        let has_few_rows = is_plain && shape.rows <= few_row::MOST_ROWS;
+        let few_row = has_few_rows.then_some(Kind::FewRow);
         let own = self.split_k.cuts(shape).into_iter().map(Kind::SplitK);
         Ok(few_row
             .into_iter()
@@ -236,6 +240,8 @@ fn name<T: Real>(shape: &Linear) -> String {
     let onto = match shape.onto {
         Onto::Nothing => "",
         Onto::Residual => " residual",
+        Onto::Gate(GateActivation::Silu) => " silu",
+        Onto::Gate(GateActivation::Gelu) => " gelu",
     };
     format!("{} {}x{}x{}{onto}", T::NAME, shape.rows, shape.outputs, shape.inputs)
 }
@@ -247,7 +253,7 @@ impl Kernels {
     /// wait for each other: nothing else may keep multiprocessors until this launch has ended.
     ///
     /// # Errors
-    /// When lengths do not fit, a row of x is no multiple of 8, or the library refuses.
+    /// When lengths do not fit, a row of x is no multiple of 8, the library refuses, or there is no way with a gate.
     pub fn linear<T: Real>(
         &self,
         shape: &Linear,

@@ -10,7 +10,7 @@
 // of the outputs, in the order of k, so that results do not depend on who is first. A word that is not there yet is 0: whoever reads
 // a sum waits for it and puts the 0 back, so that nobody has to fence or count. A block leaves its sums before it waits for others',
 // and the grid is no larger than what the device runs at once, so that nobody waits for ever.
-#include "common.cuh"
+#include "activation.cuh"
 
 constexpr int WARPGROUP = 128;
 
@@ -19,8 +19,10 @@ struct alignas(128) TensorMap {
     uint64_t words[16];
 };
 
+enum class Gate : uint32_t { NONE, SILU, GELU };
+
 struct SplitK {
-    TensorMap w;        // [outputs][inputs] in boxes of [W_BOX][DEPTH]
+    TensorMap w;        // [outputs][inputs], or [2 outputs][inputs] with a gate, in boxes of [W_BOX][DEPTH], or half as many rows
     TensorMap x;        // [rows][inputs] in boxes of [x_box][DEPTH]
     void* out;          // [rows][outputs]
     uint4* parts;       // [units][CLUSTER][OUTPUTS / 8][CONSUMERS] where k is split, 0 before and after
@@ -32,6 +34,7 @@ struct SplitK {
     uint32_t splits;    // of k: 1, 2 or 4
     uint32_t units;     // tiles of a cluster times splits
     uint32_t adds;      // whether out is added to
+    Gate gate;          // what a product goes through before it is multiplied by that of as many rows of w further on
 };
 
 constexpr int CLUSTER = 2;
@@ -130,6 +133,7 @@ template <int ROWS, int OUTPUTS, bool SHARED> struct Unit {
         // Tiles of the same weights follow each other, so that the second finds them in the second cache.
         first_row = tile % product.row_tiles * Sizes::CLUSTER_ROWS + (SHARED == W ? rank * ROWS : 0);
         first_output = tile / product.row_tiles * Sizes::CLUSTER_OUTPUTS + (SHARED == X ? rank * OUTPUTS : 0);
+        if (product.gate != Gate::NONE) first_output /= 2;
         begin = product.steps * split / product.splits;
         end = product.steps * (split + 1) / product.splits;
     }
@@ -170,11 +174,13 @@ template <int ROWS, int OUTPUTS, bool SHARED> struct Producer {
         if (!leads) return;
         uint32_t full = shared_address(&memory.full[stage]), to = shared_address(memory.w[stage]);
         barrier_expect(full, product.x_box * (SHARED == W ? 1 : CLUSTER) * ROW_BYTES + Sizes::W_BYTES);
+        // The second half of a tile's weights follows the first, or is what the gates are multiplied by.
+        uint32_t k = step * DEPTH, first = unit.first_output, second = first + (product.gate == Gate::NONE ? OUTPUTS / 2 : product.outputs);
         if constexpr (SHARED == W) {
-            uint32_t first = rank * Sizes::W_BOX;
-            box_copy_to_all<EVICT_FIRST>(to + first * ROW_BYTES, product.w, step * DEPTH, unit.first_output + first, full);
+            box_copy_to_all<EVICT_FIRST>(to + rank * Sizes::W_BYTES / 2, product.w, k, rank == 0 ? first : second, full);
         } else {
-            box_copy<EVICT_FIRST>(to, product.w, step * DEPTH, unit.first_output, full);
+            box_copy<EVICT_FIRST>(to, product.w, k, first, full);
+            if (product.gate != Gate::NONE) box_copy<EVICT_FIRST>(to + Sizes::W_BYTES / 2, product.w, k, second, full);
         }
     }
 
@@ -235,7 +241,8 @@ template <typename T, int ROWS, int OUTPUTS, bool SHARED> struct Consumer {
         for (uint32_t index = blockIdx.x / CLUSTER; index < product.units; index += gridDim.x / CLUSTER) {
             Unit<ROWS, OUTPUTS, SHARED> unit(product, index, rank);
             multiply(unit.end - unit.begin);
-            if (product.splits == 1) write<0, PAIRS>(unit);
+            if (product.gate != Gate::NONE) write_gated(unit);
+            else if (product.splits == 1) write<0, PAIRS>(unit);
             else if (product.splits == 2) exchange<2>(unit, index);
             else exchange<4>(unit, index);
         }
@@ -318,6 +325,17 @@ template <typename T, int ROWS, int OUTPUTS, bool SHARED> struct Consumer {
         uint2 added = ADDS ? exchanged(before) : before;
         uint2 results = exchanged({sum_of<ADDS>(pair * 8 + half * 2, added.x), sum_of<ADDS>(pair * 8 + half * 2 + 4, added.y)});
         if (pair * 16 < to.left[half]) *place(to, pair, half) = results;
+    }
+
+    // Writes a tile whose first half goes through the gate.
+    __device__ __forceinline__ void write_gated(const Unit<ROWS, OUTPUTS, SHARED>& unit) {
+        if (product.gate == Gate::SILU) gate<silu>();
+        else gate<gelu>();
+        write<0, PAIRS / 2, false>(target(unit));
+    }
+    template <float (*ACTIVATION)(float)> __device__ __forceinline__ void gate() {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS / 4; i++) sums[i] = ACTIVATION(sums[i]) * sums[OUTPUTS / 4 + i];
     }
     template <bool ADDS> __device__ __forceinline__ uint32_t sum_of(int first, uint32_t added) const {
         if (!ADDS) return pack<T>(sums[first], sums[first + 1]);

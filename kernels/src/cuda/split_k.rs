@@ -14,7 +14,7 @@ use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, DriverErr
 
 use super::device::{Module, driver};
 use super::launch::{at_least, launched, len};
-use super::{DeviceError, Kernels, LaunchError, Linear, Onto, Real};
+use super::{DeviceError, GateActivation, Kernels, LaunchError, Linear, Onto, Real};
 
 /// Rows of x at most.
 const MOST_ROWS: u32 = 1024;
@@ -84,9 +84,10 @@ impl Tile {
         }
     }
 
-    /// Outputs whose weights a block asks for at once.
-    fn w_box(&self) -> u32 {
-        if self.shared == Shared::W { self.outputs / CLUSTER } else { self.outputs }
+    /// Rows of w that a block asks for at once.
+    fn w_box(&self, onto: Onto) -> u32 {
+        let is_half = self.shared == Shared::W || matches!(onto, Onto::Gate(_));
+        if is_half { self.outputs / 2 } else { self.outputs }
     }
 
     fn shared_bytes(&self) -> u32 {
@@ -225,14 +226,17 @@ impl Cut {
     fn of(shape: &Linear, tile: Tile, splits: u32, most_clusters: u32) -> Option<Self> {
         let row_tiles = shape.rows.div_ceil(tile.cluster_rows());
         let steps = shape.inputs.div_ceil(DEPTH);
-        let units =
-            shape.outputs.div_ceil(tile.cluster_outputs()).checked_mul(row_tiles * splits)?;
-        let runs_at_once = splits == 1 || units <= most_clusters && steps >= splits;
+        let outputs = tile.cluster_outputs() / shape.onto.projections();
+        let units = shape.outputs.div_ceil(outputs).checked_mul(row_tiles * splits)?;
         // The kernel counts up to here.
         steps.checked_mul(splits)?;
         let clusters = units.min(most_clusters);
-        let moves = shape.outputs.is_multiple_of(8);
-        let fits = shape.rows <= MOST_ROWS && moves && clusters > 0 && runs_at_once;
+        let runs_at_once = splits == 1 || units <= most_clusters && steps >= splits;
+        // A block has both halves of a gate, in whole sixteens, and all of k.
+        let has_gate = matches!(shape.onto, Onto::Gate(_));
+        let fits_gate = !has_gate || splits == 1 && tile.outputs.is_multiple_of(32);
+        let is_moved = shape.outputs.is_multiple_of(8) && shape.rows <= MOST_ROWS;
+        let fits = runs_at_once && fits_gate && is_moved && clusters > 0;
         fits.then_some(Self { tile, row_tiles, steps, splits, units, clusters })
     }
 
@@ -251,7 +255,7 @@ impl Cut {
             * 2
             * (rows * u64::from(CLUSTER) + outputs * u64::from(CLUSTER)
                 - if self.tile.shared == Shared::X { rows } else { outputs });
-        let bytes = u64::from(shape.inputs) * u64::from(shape.outputs) * 2;
+        let bytes = u64::from(shape.inputs) * u64::from(shape.w_rows()) * 2;
         let memory = bytes / (clusters * 44).min(2400);
         let others = (splits - 1) * rows * outputs * 4 / splits;
         let exchange = if self.splits > 1 { 2000 + others / 8 } else { 0 };
@@ -275,6 +279,7 @@ struct SplitK {
     splits: u32,
     units: u32,
     adds: u32,
+    gate: u32,
 }
 
 /// Describes a matrix of `rows` rows of `width` numbers to the copy engine, in boxes of `box_rows` by `DEPTH`. What is beyond the
@@ -335,9 +340,9 @@ impl Kernels {
         let (x, w) = (x.device_ptr(stream).0, w.device_ptr(stream).0);
         let described = |source| LaunchError::Driver { what: "to describe a matrix", source };
         let x_box = cut.tile.x_box(shape.rows);
+        let w_box = cut.tile.w_box(shape.onto);
         let argument = SplitK {
-            w: tensor_map::<T>(w, (shape.outputs, shape.inputs), cut.tile.w_box())
-                .map_err(described)?,
+            w: tensor_map::<T>(w, (shape.w_rows(), shape.inputs), w_box).map_err(described)?,
             x: tensor_map::<T>(x, (shape.rows, shape.inputs), x_box).map_err(described)?,
             out: out.device_ptr_mut(stream).0,
             parts: scratch.parts.device_ptr_mut(stream).0,
@@ -349,6 +354,11 @@ impl Kernels {
             splits: cut.splits,
             units: cut.units,
             adds: u32::from(shape.onto == Onto::Residual),
+            gate: match shape.onto {
+                Onto::Nothing | Onto::Residual => 0,
+                Onto::Gate(GateActivation::Silu) => 1,
+                Onto::Gate(GateActivation::Gelu) => 2,
+            },
         };
         let function = self.kernel(&format!("split_k_{}_{}", T::NAME, cut.tile))?;
         launched("split_k", self.queue_clusters(function, cut, &argument))

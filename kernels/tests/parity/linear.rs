@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cudarc::driver::CudaSlice;
 use fastrand::Rng;
 use half::{bf16, f16};
-use kernels::cuda::{Kernels, LaunchError, Linear, Onto, Products, Real};
+use kernels::cuda::{GateActivation, Kernels, LaunchError, Linear, Onto, Products, Real};
 
 use crate::support::{
     cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
@@ -24,12 +24,12 @@ impl<T: Real> Case<T> {
     fn filled(random: &mut Rng, shape: Linear) -> Self {
         let [x, w, out] = [
             (shape.rows, shape.inputs),
-            (shape.outputs, shape.inputs),
+            (shape.w_rows(), shape.inputs),
             (shape.rows, shape.outputs),
         ]
         .map(|(rows, width)| rows as usize * width as usize);
         let before = match shape.onto {
-            Onto::Nothing => vec![T::from_f32(f32::NAN); out],
+            Onto::Nothing | Onto::Gate(_) => vec![T::from_f32(f32::NAN); out],
             Onto::Residual => numbers(random, out),
         };
         Self { shape, x: numbers(random, x), w: numbers(random, w), before }
@@ -49,11 +49,13 @@ impl<T: Real> Case<T> {
             launch(&given, &mut out).expect("launch");
             let what = format!("{} {:?} run {run}", T::NAME, self.shape);
             // Sums of so many products are rounded in f32; terms are below 1. The library rounds some products to the dtype
-            // before it adds them to the residual, and the sum once more.
-            let is_twice = self.shape.onto == Onto::Residual;
+            // before it adds them to the residual, and the sum once more. A gate's error is multiplied by the other product.
             let root = (self.shape.inputs as f32).sqrt();
-            let (times, scale) =
-                if is_twice { (2.0, 1.0 + 0.1 * root) } else { (1.0, 0.1 + 0.02 * root) };
+            let (times, scale) = match self.shape.onto {
+                Onto::Nothing => (1.0, 0.1 + 0.02 * root),
+                Onto::Residual => (2.0, 1.0 + 0.1 * root),
+                Onto::Gate(_) => (1.0, (0.1 + 0.02 * root) * (1.0 + 0.5 * root)),
+            };
             expect_close(
                 &what,
                 &widened(&download(kernels, &out)),
@@ -110,7 +112,12 @@ fn products_of_few_rows_are_their_reference() {
 
 /// A few of its rows or many, of tiles that are whole, in several parts, or cut off by the matrix's end.
 fn split_k_shape(random: &mut Rng) -> Linear {
-    let (rows, onto) = (random.u32(1..=600), onto(random));
+    let rows = random.u32(1..=600);
+    let onto = match random.u32(..4) {
+        0 => Onto::Gate(GateActivation::Silu),
+        1 => Onto::Gate(GateActivation::Gelu),
+        _ => onto(random),
+    };
     let inputs = 8 * if random.u32(..4) == 0 { random.u32(400..2000) } else { random.u32(1..200) };
     let outputs = 8 * if random.u32(..4) == 0 { random.u32(250..1200) } else { random.u32(1..40) };
     // The reference takes a while.

@@ -34,8 +34,6 @@ const CASES: [(u32, Option<f64>); 13] = [
     (1024, Some(657.0)),
     (8192, Some(5297.0)),
 ];
-/// Of our ways to a product, and of the library's, how many are timed.
-const WAYS: usize = 16;
 /// FLOP a microsecond that tensor cores of an H200 reach.
 const ARITHMETIC: f64 = 790e6;
 
@@ -68,43 +66,58 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
         for product in &mut layer {
             product.prepare(timer, count, &mut products)?;
         }
-        let name = format!("{count} rows, a layer");
-        let mut all = row(timer, ("linear", name, rival), None, (&mut layer, &mut products))?;
-        for product in &layer {
-            all.figure += &format!(", {}", products.way::<bf16>(&product.shape)?);
-        }
-        rows.push(all);
+        rows.extend(both(timer, (&mut layer, &mut products), rival)?);
         if count <= 1024 {
             rows.push(gated(timer, &mut layer[2], &mut products)?);
         }
         for product in layer.iter_mut().filter(|_| (2..=512).contains(&count)) {
-            for (operation, is_library) in [("own", false), ("cublaslt", true)] {
-                rows.extend(best(timer, (operation, is_library), (product, &mut products))?);
-            }
+            rows.extend(both(timer, (std::slice::from_mut(product), &mut products), None)?);
         }
     }
     products.save()?;
     Ok(rows)
 }
 
-/// The fastest of our ways to a product, or of the library's.
-fn best(
+/// Some products by the ways that are chosen, and by the library's fastest.
+fn both(
     timer: &Timer,
-    (operation, is_library): (&'static str, bool),
-    (product, products): (&mut Product, &mut Products),
-) -> Result<Option<Row>, Box<dyn Error>> {
-    let shape = product.shape;
-    let ways = products.ways::<bf16>(&shape)?.into_iter();
-    let mut best = None::<Row>;
-    for way in ways.filter(|way| way.is_library() == is_library).take(WAYS) {
-        let name = format!("{} x {} -> {}", shape.rows, shape.inputs, shape.outputs);
-        let one = (std::slice::from_mut(product), &mut *products);
-        let Ok(found) = row(timer, (operation, name, None), Some(way), one) else { continue };
-        if best.as_ref().is_none_or(|best| found.time < best.time) {
-            best = Some(Row { figure: format!("{}, {way}", found.figure), ..found });
+    (layer, products): (&mut [Product], &mut Products),
+    rival: Option<f64>,
+) -> Result<[Row; 2], Box<dyn Error>> {
+    let chosen = layer.iter().map(|it| products.way::<bf16>(&it.shape));
+    let chosen: Vec<_> = chosen.collect::<Result<_, _>>()?;
+    let ours = row(timer, ("linear", &chosen, rival), (layer, products))?;
+    let library = layer.iter_mut().map(|it| it.fastest_of_library(timer, products));
+    let library: Vec<_> = library.collect::<Result<_, _>>()?;
+    let theirs = row(timer, ("cublaslt", &library, rival), (layer, products))?;
+    Ok([ours, theirs])
+}
+
+/// Times some products, one after the other, by these ways.
+fn row(
+    timer: &Timer,
+    (operation, ways, rival): (&'static str, &[Way], Option<f64>),
+    (layer, products): (&mut [Product], &mut Products),
+) -> Result<Row, Box<dyn Error>> {
+    let time = timer.time(4 * LAYERS, |index| {
+        for (product, way) in layer.iter_mut().zip(ways) {
+            product.launch(&timer.kernels, (index, *way), products)?;
         }
-    }
-    Ok(best)
+        Ok(())
+    })?;
+    let bytes: f64 = layer.iter().map(Product::bytes).sum();
+    let operations: f64 = layer.iter().map(Product::operations).sum();
+    let floor = layer.iter().map(|it| it.floor(timer)).sum();
+    let shape = layer[0].shape;
+    let shape = match layer {
+        [_] => format!("{} x {} -> {}", shape.rows, shape.inputs, shape.outputs),
+        _ => format!("{} rows, a layer", shape.rows),
+    };
+    let ways: Vec<_> = ways.iter().map(Way::to_string).collect();
+    let rates = format!("{:.0} GB/s, {:.0} TFLOP/s", bytes / time / 1e3, operations / time / 1e6);
+    let rival = rival.map(|time| (time, "cuBLAS"));
+    let figure = format!("{rates}, {}", ways.join(", "));
+    Ok(Row { operation, shape, time, floor, rival, figure })
 }
 
 /// The gate in the product's launch, against a launch of its own.
@@ -142,35 +155,6 @@ fn gated(
     })
 }
 
-/// Times some products, one after the other, by this way or the one that is chosen.
-fn row(
-    timer: &Timer,
-    (operation, shape, rival): (&'static str, String, Option<f64>),
-    way: Option<Way>,
-    (layer, products): (&mut [Product], &mut Products),
-) -> Result<Row, Box<dyn Error>> {
-    let time = timer.time(4 * LAYERS, |index| {
-        for product in &mut *layer {
-            product.launch(&timer.kernels, (index, way), products)?;
-        }
-        Ok(())
-    })?;
-    let bytes: f64 = layer.iter().map(Product::bytes).sum();
-    let operations: f64 = layer.iter().map(Product::operations).sum();
-    let floor = layer
-        .iter()
-        .map(|it| (it.bytes() / timer.copy_rate / 1e3).max(it.operations() / ARITHMETIC))
-        .sum();
-    Ok(Row {
-        operation,
-        shape,
-        time,
-        floor,
-        rival: rival.map(|time| (time, "cuBLAS")),
-        figure: format!("{:.0} GB/s, {:.0} TFLOP/s", bytes / time / 1e3, operations / time / 1e6),
-    })
-}
-
 impl Product {
     /// Makes room for so many rows and has the library choose for them.
     fn prepare(
@@ -194,16 +178,32 @@ impl Product {
     fn launch(
         &mut self,
         kernels: &Kernels,
-        (index, way): (usize, Option<Way>),
+        (index, way): (usize, Way),
         products: &mut Products,
     ) -> Result<(), Box<dyn Error>> {
-        let Self { shape, weights, x, out } = self;
-        let given = (&*x, &weights[index % LAYERS]);
-        match way {
-            Some(way) => kernels.linear_by(way, shape, given, out, products)?,
-            None => kernels.linear(shape, given, out, products)?,
+        let given = (&self.x, &self.weights[index % LAYERS]);
+        Ok(kernels.linear_by(way, &self.shape, given, &mut self.out, products)?)
+    }
+
+    fn fastest_of_library(
+        &mut self,
+        timer: &Timer,
+        products: &mut Products,
+    ) -> Result<Way, Box<dyn Error>> {
+        let ways = products.ways::<bf16>(&self.shape)?;
+        let mut fastest = None::<(f64, Way)>;
+        for way in ways.into_iter().filter(Way::is_library) {
+            let launch = |index| self.launch(&timer.kernels, (index, way), products);
+            let Ok(time) = timer.time(4 * LAYERS, launch) else { continue };
+            if fastest.is_none_or(|(least, _)| time < least) {
+                fastest = Some((time, way));
+            }
         }
-        Ok(())
+        Ok(fastest.ok_or("the library has no way")?.1)
+    }
+
+    fn floor(&self, timer: &Timer) -> f64 {
+        (self.bytes() / timer.copy_rate / 1e3).max(self.operations() / ARITHMETIC)
     }
 
     fn bytes(&self) -> f64 {

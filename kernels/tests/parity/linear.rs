@@ -54,7 +54,7 @@ impl<T: Real> Case<T> {
             let (times, scale) = match self.shape.onto {
                 Onto::Nothing => (1.0, 0.1 + 0.02 * root),
                 Onto::Residual => (2.0, 1.0 + 0.1 * root),
-                Onto::Gate(_) => (1.0, (0.1 + 0.02 * root) * (1.0 + 0.5 * root)),
+                Onto::Gate(_) => (1.0, (0.1 + 0.02 * root) * (1.0 + 1.5 * root)),
             };
             expect_close(
                 &what,

@@ -1,4 +1,5 @@
-//! Paged decode attention on 32 query and 8 KV heads of 128, blocks of 16 in random order.
+//! Paged decode attention on 32 query and 8 KV heads of 128, blocks of 16 in random order. "Contiguous" is the largest block that
+//! there is a kernel for, in order: K and V of a sequence lie behind each other, and few ids are read.
 
 use std::error::Error;
 
@@ -14,6 +15,7 @@ const HEADS: u32 = 32;
 const KV_HEADS: u32 = 8;
 const HEAD_DIM: u32 = 128;
 const BLOCK: u32 = 16;
+const LARGEST_BLOCK: u32 = 64;
 /// So many bytes of K and V at least are gone through in turn: several times the second cache.
 const SPREAD: usize = 400 << 20;
 
@@ -41,19 +43,28 @@ struct Batch {
     groups: (u32, u32),
     /// Whether what is shared is read once.
     is_read_once: bool,
+    block: u32,
+    is_in_order: bool,
 }
 
 impl Batch {
     fn of(lengths: Vec<u32>) -> Self {
-        Self { lengths, groups: (1, 0), is_read_once: false }
+        let groups = (1, 0);
+        Self { lengths, groups, is_read_once: false, block: BLOCK, is_in_order: false }
     }
 
-    /// The block ids of all rows, in random order; id 0 is nobody's.
+    fn contiguous(lengths: Vec<u32>) -> Self {
+        Self { block: LARGEST_BLOCK, is_in_order: true, ..Self::of(lengths) }
+    }
+
+    /// The block ids of all rows; id 0 is nobody's.
     fn tables(&self, width: u32) -> Vec<u32> {
         let per_group = self.lengths.len() / self.groups.0 as usize;
-        let shared = self.groups.1.div_ceil(BLOCK);
+        let shared = self.groups.1.div_ceil(self.block);
         let mut ids: Vec<u32> = (1..=self.blocks()).collect();
-        fastrand::Rng::with_seed(3).shuffle(&mut ids);
+        if !self.is_in_order {
+            fastrand::Rng::with_seed(3).shuffle(&mut ids);
+        }
         let mut ids = ids.into_iter();
         let (mut tables, mut prefix) = (Vec::new(), Vec::new());
         for (index, length) in self.lengths.iter().enumerate() {
@@ -62,7 +73,7 @@ impl Batch {
             }
             let begin = tables.len();
             tables.extend(&prefix);
-            tables.extend(ids.by_ref().take((length.div_ceil(BLOCK) - shared) as usize));
+            tables.extend(ids.by_ref().take((length.div_ceil(self.block) - shared) as usize));
             tables.resize(begin + width as usize, 0);
         }
         tables
@@ -70,8 +81,8 @@ impl Batch {
 
     /// Different blocks of all sequences.
     fn blocks(&self) -> u32 {
-        let (groups, shared) = (self.groups.0, self.groups.1.div_ceil(BLOCK));
-        let own = |length: &u32| length.div_ceil(BLOCK) - shared;
+        let (groups, shared) = (self.groups.0, self.groups.1.div_ceil(self.block));
+        let own = |length: &u32| length.div_ceil(self.block) - shared;
         self.lengths.iter().map(own).sum::<u32>() + groups * shared
     }
 
@@ -92,6 +103,10 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
         let rival = (bytes / rival / 1e3, "FlashAttention 3");
         rows.push(row(timer, name.clone(), (time, bytes), Some(rival)));
         if context >= 4096 {
+            let contiguous = Batch::contiguous(batch.lengths.clone());
+            let (rival, _) = measure(timer, &contiguous, bf16::from_f32)?;
+            let rival = Some((rival, "contiguous"));
+            rows.push(row(timer, format!("{name}, paged"), (time, bytes), rival));
             let half = measure(timer, &batch, E4m3::from_f32)?;
             rows.push(row(timer, format!("{name}, e4m3"), half, Some((time, "bf16"))));
         }
@@ -102,7 +117,7 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
     rows.push(row(timer, "128 x 16 to 16k".to_owned(), measured, None));
     for (sequences, groups, shared, own) in SHARED {
         let lengths = vec![shared + own; sequences as usize];
-        let mut batch = Batch { lengths, groups: (groups, shared), is_read_once: false };
+        let mut batch = Batch { groups: (groups, shared), ..Batch::of(lengths) };
         let (again, _) = measure(timer, &batch, bf16::from_f32)?;
         batch.is_read_once = true;
         let once = measure(timer, &batch, bf16::from_f32)?;
@@ -136,12 +151,12 @@ fn measure<KV: KvReal<bf16>>(
 ) -> Result<(f64, f64), Box<dyn Error>> {
     let (kernels, stream) = (&timer.kernels, timer.kernels.stream());
     let sequences = u32::try_from(batch.lengths.len())?;
-    let width = batch.lengths.iter().max().ok_or("no sequences")?.div_ceil(BLOCK);
+    let width = batch.lengths.iter().max().ok_or("no sequences")?.div_ceil(batch.block);
     let bytes = batch.tokens() * (KV_HEADS * HEAD_DIM * 2) as usize * size_of::<KV>();
     let layers = u32::try_from(SPREAD.div_ceil(bytes))?;
     let shape = ArenaShape {
         blocks: batch.blocks() + 1,
-        block_size: BLOCK,
+        block_size: batch.block,
         layers,
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
@@ -149,7 +164,7 @@ fn measure<KV: KvReal<bf16>>(
     let arena = timer.arena(shape, stored)?;
     let tables = stream.clone_htod(&batch.tables(width))?;
     let lengths = stream.clone_htod(&batch.lengths)?;
-    let (groups, shared) = (batch.groups.0, batch.groups.1 / BLOCK);
+    let (groups, shared) = (batch.groups.0, batch.groups.1 / batch.block);
     let begins: Vec<u32> = (0..=groups).map(|group| group * sequences / groups).collect();
     let begins = stream.clone_htod(&begins)?;
     let blocks = stream.clone_htod(&vec![shared; groups as usize])?;

@@ -1,4 +1,5 @@
-//! Paged prefill attention on 32 query and 8 KV heads of 128, blocks of 16 in random order, whole prompts.
+//! Paged prefill attention on 32 query and 8 KV heads of 128, blocks of 16 in random order, whole prompts. "Contiguous" is the largest
+//! block that there is a kernel for, in order.
 
 use std::error::Error;
 
@@ -12,6 +13,7 @@ const HEADS: u32 = 32;
 const KV_HEADS: u32 = 8;
 const HEAD_DIM: u32 = 128;
 const BLOCK: u32 = 16;
+const LARGEST_BLOCK: u32 = 64;
 /// What the tensor cores do at most with random data, in TFLOP/s.
 const PEAK: f64 = 790.0;
 
@@ -19,41 +21,52 @@ const PEAK: f64 = 790.0;
 const CASES: [(u32, u32, f64); 3] = [(1, 4096, 546.0), (8, 1024, 392.0), (1, 16_384, 606.0)];
 
 pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
-    CASES
-        .into_iter()
-        .map(|(sequences, tokens, rival)| row(timer, sequences, tokens, rival))
-        .collect()
+    let mut rows = Vec::new();
+    for (sequences, tokens, rival) in CASES {
+        let name = format!("{sequences} x {tokens}");
+        // Half of the scores are masked; two products, a multiplication and an addition each.
+        let scores = f64::from(sequences) * f64::from(tokens).powi(2) / 2.0;
+        let operations = scores * f64::from(HEADS * HEAD_DIM) * 4.0;
+        let time = measure(timer, (sequences, tokens), (BLOCK, false))?;
+        let contiguous = measure(timer, (sequences, tokens), (LARGEST_BLOCK, true))?;
+        let rival = (operations / rival / 1e6, "FlashAttention 3");
+        rows.push(row(name.clone(), (time, operations), rival));
+        rows.push(row(format!("{name}, paged"), (time, operations), (contiguous, "contiguous")));
+    }
+    Ok(rows)
 }
 
-fn row(timer: &Timer, sequences: u32, tokens: u32, rival: f64) -> Result<Row, Box<dyn Error>> {
-    let time = measure(timer, sequences, tokens)?;
-    // Half of the scores are masked; two products, a multiplication and an addition each.
-    let operations =
-        f64::from(sequences) * f64::from(tokens).powi(2) / 2.0 * f64::from(HEADS * HEAD_DIM) * 4.0;
-    Ok(Row {
+fn row(shape: String, (time, operations): (f64, f64), rival: (f64, &'static str)) -> Row {
+    Row {
         operation: "paged_prefill",
-        shape: format!("{sequences} x {tokens}"),
+        shape,
         time,
         floor: operations / PEAK / 1e6,
-        rival: Some((operations / rival / 1e6, "FlashAttention 3")),
+        rival: Some(rival),
         figure: format!("{:.0} TFLOP/s", operations / time / 1e6),
-    })
+    }
 }
 
-fn measure(timer: &Timer, sequences: u32, tokens: u32) -> Result<f64, Box<dyn Error>> {
+/// Microseconds of a launch, with blocks of this size, in order or not.
+fn measure(
+    timer: &Timer,
+    (sequences, tokens): (u32, u32),
+    (block, is_in_order): (u32, bool),
+) -> Result<f64, Box<dyn Error>> {
     let kernels = &timer.kernels;
-    let width = tokens.div_ceil(BLOCK);
+    let width = tokens.div_ceil(block);
     let shape = ArenaShape {
         blocks: sequences * width,
-        block_size: BLOCK,
+        block_size: block,
         layers: 1,
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
     };
     let arena = timer.arena(shape, bf16::from_f32)?;
-    let mut random = fastrand::Rng::with_seed(3);
     let mut tables: Vec<u32> = (0..shape.blocks).collect();
-    random.shuffle(&mut tables);
+    if !is_in_order {
+        fastrand::Rng::with_seed(3).shuffle(&mut tables);
+    }
     let begins: Vec<u32> = (0..=sequences).map(|sequence| sequence * tokens).collect();
     let stream = kernels.stream();
     let (tables, begins) = (stream.clone_htod(&tables)?, stream.clone_htod(&begins)?);

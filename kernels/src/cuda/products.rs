@@ -28,7 +28,7 @@ const REPLAYS: usize = 5;
 const LIBRARY_EXTRA: f32 = 0.003;
 /// Rows up to which a shape that was not timed takes [`few_row`], then [`super::split_k`], then the library: measured on an H200.
 const FEW_ROWS: u32 = 4;
-const OWN_ROWS: u32 = 128;
+const OWN_ROWS: u32 = 256;
 
 /// A way to a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

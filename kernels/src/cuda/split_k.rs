@@ -137,7 +137,7 @@ impl SplitKScratch {
     /// Ways to cut a product, the one that should be fastest first.
     pub(super) fn cuts(&self, shape: &Linear) -> Vec<Cut> {
         let mut cuts = every_cut(shape, self.clusters);
-        cuts.sort_by_cached_key(|it| it.clocks(shape));
+        cuts.sort_by(|a, b| a.clocks(shape).total_cmp(&b.clocks(shape)));
         cuts
     }
 }
@@ -240,26 +240,23 @@ impl Cut {
         fits.then_some(Self { tile, row_tiles, steps, splits, units, clusters })
     }
 
-    /// About how many clocks of an H200 it takes.
-    fn clocks(&self, shape: &Linear) -> u64 {
-        let [rows, outputs] = [self.tile.rows, self.tile.outputs].map(u64::from);
-        let (clusters, splits) = (u64::from(self.clusters), u64::from(self.splits));
-        let waves = u64::from(self.units).div_ceil(clusters);
-        // Products of a step, and what a step takes however small it is.
-        let step = (rows * outputs / 32).max(130) + 100;
-        let busy = waves * u64::from(self.steps.div_ceil(self.splits)) * step;
-        let loaded = waves
-            * clusters
-            * u64::from(self.steps.div_ceil(self.splits))
-            * u64::from(DEPTH)
-            * 2
-            * (rows * u64::from(CLUSTER) + outputs * u64::from(CLUSTER)
-                - if self.tile.shared == Shared::X { rows } else { outputs });
-        let bytes = u64::from(shape.inputs) * u64::from(shape.w_rows()) * 2;
-        let memory = bytes / (clusters * 44).min(2400);
-        let others = (splits - 1) * rows * outputs * 4 / splits;
-        let exchange = if self.splits > 1 { 2000 + others / 8 } else { 0 };
-        busy.max(memory).max(loaded / 5500) + exchange + waves * (1500 + rows * outputs / 8)
+    /// About how many clocks of an H200 it takes: products, what the second cache gives or what memory gives, whichever is most;
+    /// then the exchange and the writes. Fitted to measurements (PERFORMANCE.md).
+    fn clocks(&self, shape: &Linear) -> f64 {
+        let [rows, outputs, clusters, splits] =
+            [self.tile.rows, self.tile.outputs, self.clusters, self.splits].map(f64::from);
+        let waves = f64::from(self.units.div_ceil(self.clusters));
+        let steps = waves * f64::from(self.steps.div_ceil(self.splits));
+        let multiplied = steps * ((rows * outputs / 32.0).max(180.0) + 100.0);
+        let shared = if self.tile.shared == Shared::X { rows } else { outputs };
+        let step_bytes = f64::from(DEPTH * 2) * (2.0 * (rows + outputs) - shared);
+        let loaded = steps * clusters * step_bytes / 5500.0;
+        let weights = f64::from(shape.inputs) * f64::from(shape.w_rows()) * 2.0;
+        let read = weights / (clusters * 44.0).min(2400.0);
+        let left = (splits - 1.0) / splits * rows * outputs * 4.0;
+        let exchanged = if self.splits > 1 { 2000.0 + left / 8.0 } else { 0.0 };
+        let written = waves * (1500.0 + rows * outputs / 8.0);
+        multiplied.max(loaded).max(read) + exchanged + written
     }
 }
 

@@ -1,14 +1,9 @@
 //! Products of at most 16 rows, as fast as the weights arrive. The meaning is that of [`super::Linear`].
 
-use std::ffi::c_void;
-use std::ptr::{from_ref, null_mut};
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
-use cudarc::driver::sys::{
-    CUdevice_attribute, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchAttributeValue, CUlaunchConfig, cuLaunchKernelEx,
-};
-use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
-
+use super::beside::{Begins, Grid};
 use super::device::{Module, driver};
 use super::launch::{at_least, launched, len};
 use super::{DeviceError, Kernels, LaunchError, Linear, Onto, Real};
@@ -28,8 +23,6 @@ const TILE_BYTES: u32 = ROWS * 256 + ROWS / 2 * APART;
 const PITCH: u32 = 20;
 /// Tiles that a warp has on their way: as many as leave room for x.
 const STAGES: [u32; 2] = [4, 2];
-/// The first virtual architecture with an instruction that waits for the launch before.
-const WAITS: i32 = 90;
 
 pub(super) const MODULE: Module = Module {
     image: include_bytes!(concat!(env!("OUT_DIR"), "/few_row.fatbin")),
@@ -56,24 +49,6 @@ pub(super) struct FewRowScratch {
     /// Bytes of shared memory that a block may have.
     most_shared: u32,
     begins: Begins,
-}
-
-/// When a launch may begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Begins {
-    /// After the end of the one before it.
-    After,
-    /// When there is room beside the one before it: the kernel waits for that one's end by itself.
-    Beside,
-}
-
-impl Begins {
-    /// Machine code for devices without such launches, or made of PTX for the oldest, has no instruction that waits.
-    fn of(function: &CudaFunction) -> Result<Self, DriverError> {
-        let version =
-            function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
-        Ok(if version >= WAITS { Self::Beside } else { Self::After })
-    }
 }
 
 impl FewRowScratch {
@@ -237,45 +212,16 @@ impl Kernels {
         };
         let function =
             self.kernel(&format!("few_row_{}_{}_{}", T::NAME, Cut::columns(shape), cut.stages))?;
-        launched("few_row", self.queue(function, (&cut, scratch.begins), &argument))
-    }
-
-    fn queue(
-        &self,
-        function: &CudaFunction,
-        (cut, begins): (&Cut, Begins),
-        argument: &FewRow,
-    ) -> Result<(), DriverError> {
-        self.stream().context().bind_to_thread()?;
-        let mut beside = CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        let grid = Grid {
+            blocks: cut.blocks,
+            cluster: 1,
+            threads: THREADS,
+            shared_bytes: cut.shared_bytes,
+            begins: scratch.begins,
         };
-        let config = CUlaunchConfig {
-            gridDimX: cut.blocks,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: THREADS,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: cut.shared_bytes,
-            hStream: self.stream().cu_stream(),
-            attrs: &raw mut beside,
-            numAttrs: u32::from(begins == Begins::Beside),
-        };
-        let mut arguments = [from_ref(argument).cast_mut().cast::<c_void>()];
-        // SAFETY: the argument is that of `few_row_*` in few_row.cu, which stays within the lengths that `few_row` checks and
+        // SAFETY: the argument is that of `few_row_*` in few_row.cu, which stays within the lengths that are checked above and
         // touches nothing but weights before it has waited.
-        unsafe {
-            cuLaunchKernelEx(
-                &raw const config,
-                function.cu_function(),
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        }
-        .result()
+        launched("few_row", unsafe { grid.queue(self, function, &argument) })
     }
 }
 

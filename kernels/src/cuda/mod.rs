@@ -20,6 +20,8 @@ mod sampling_rows;
 mod shared_prefix;
 
 #[cfg(feature = "cuda")]
+mod beside;
+#[cfg(feature = "cuda")]
 mod choices;
 #[cfg(feature = "cuda")]
 mod device;

@@ -2,16 +2,14 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::ptr::{from_ref, null_mut};
 
 use cudarc::driver::sys::{
-    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
-    CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUtensorMap, CUtensorMapDataType,
-    CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
-    cuLaunchKernelEx, cuOccupancyMaxActiveClusters, cuTensorMapEncodeTiled,
+    CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
-use cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, DriverError};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 
+use super::beside::{Begins, Grid};
 use super::device::{Module, driver};
 use super::launch::{at_least, launched, len};
 use super::{DeviceError, GateActivation, Kernels, LaunchError, Linear, Onto, Real};
@@ -97,8 +95,14 @@ impl Tile {
     }
 
     /// Two threads a row, and the warp that asks.
-    fn threads(&self) -> u32 {
-        self.rows * 2 + 32
+    fn grid(&self, clusters: u32) -> Grid {
+        Grid {
+            blocks: clusters * CLUSTER,
+            cluster: CLUSTER,
+            threads: self.rows * 2 + 32,
+            shared_bytes: self.shared_bytes(),
+            begins: Begins::Beside,
+        }
     }
 
     /// Sums that the blocks of so many clusters leave for each other.
@@ -147,58 +151,15 @@ fn every_cut(shape: &Linear, clusters: u32) -> Vec<Cut> {
     all.filter_map(|(tile, splits)| Cut::of(shape, tile, splits, clusters)).collect()
 }
 
-/// How many clusters run at once.
+/// How many clusters run at once, whatever the tile.
 fn clusters(kernels: &Kernels) -> Result<u32, DeviceError> {
     let mut least = kernels.multiprocessors() / CLUSTER;
     for (name, tile) in NAMES.iter().zip(TILES.iter().cycle()) {
         let Some(function) = kernels.function(name) else { continue };
-        let mut attributes = attributes();
-        let config = config(kernels, (least, *tile), &mut attributes);
-        let mut count = 0;
-        // SAFETY: the function and what the configuration points to are live; one number is written.
-        let asked = unsafe {
-            cuOccupancyMaxActiveClusters(&raw mut count, function.cu_function(), &raw const config)
-        };
-        asked.result().map_err(driver("ask how many clusters run at once"))?;
-        least = least.min(count.unsigned_abs());
+        let count = tile.grid(least).clusters_at_once(kernels, function);
+        least = least.min(count.map_err(driver("ask how many clusters run at once"))?);
     }
     Ok(least)
-}
-
-/// Clusters of blocks, beside the launch before: the kernel waits for that one's end by itself.
-fn attributes() -> [CUlaunchAttribute; 2] {
-    let cluster = CUlaunchAttributeValue_union__bindgen_ty_1 { x: CLUSTER, y: 1, z: 1 };
-    [
-        CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue { clusterDim: cluster },
-        },
-        CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        },
-    ]
-}
-
-fn config(
-    kernels: &Kernels,
-    (clusters, tile): (u32, Tile),
-    attributes: &mut [CUlaunchAttribute; 2],
-) -> CUlaunchConfig {
-    CUlaunchConfig {
-        gridDimX: clusters * CLUSTER,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: tile.threads(),
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: tile.shared_bytes(),
-        hStream: kernels.stream().cu_stream(),
-        attrs: attributes.as_mut_ptr(),
-        numAttrs: 2,
-    }
 }
 
 /// How a product is cut.
@@ -358,30 +319,10 @@ impl Kernels {
             },
         };
         let function = self.kernel(&format!("split_k_{}_{}", T::NAME, cut.tile))?;
-        launched("split_k", self.queue_clusters(function, cut, &argument))
-    }
-
-    fn queue_clusters(
-        &self,
-        function: &CudaFunction,
-        cut: &Cut,
-        argument: &SplitK,
-    ) -> Result<(), DriverError> {
-        self.stream().context().bind_to_thread()?;
-        let mut attributes = attributes();
-        let config = config(self, (cut.clusters, cut.tile), &mut attributes);
-        let mut arguments = [from_ref(argument).cast_mut().cast::<c_void>()];
-        // SAFETY: the argument is that of `split_k_*` in split_k.cu, which stays within the lengths that `split_k` checks and
+        let grid = cut.tile.grid(cut.clusters);
+        // SAFETY: the argument is that of `split_k_*` in split_k.cu, which stays within the lengths that are checked above and
         // touches nothing but weights before it has waited.
-        unsafe {
-            cuLaunchKernelEx(
-                &raw const config,
-                function.cu_function(),
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        }
-        .result()
+        launched("split_k", unsafe { grid.queue(self, function, &argument) })
     }
 }
 

@@ -32,6 +32,8 @@ mod launch {
         most_shared: 0,
     };
 
+    /// 16-byte pieces that a thread copies, as in the kernel.
+    const PIECES: u32 = 4;
     /// Blocks a grid has in its second dimension at most.
     const MOST_PAIRS: u32 = 65_535;
 
@@ -70,9 +72,10 @@ mod launch {
             if pairs.count == 0 {
                 return Ok(());
             }
-            let width = (arena.block_len() * size_of::<T>() / 16) as u64;
+            let width = u32::try_from(arena.block_len() * size_of::<T>() / 16)
+                .map_err(|_| LaunchError::Unsupported("blocks of 64 GiB".to_owned()))?;
             let config = LaunchConfig {
-                grid_dim: (self.multiprocessors().div_ceil(pairs.count).max(4), pairs.count, 1),
+                grid_dim: (width.div_ceil(THREADS * PIECES), pairs.count, 1),
                 block_dim: (THREADS, 1, 1),
                 shared_mem_bytes: 0,
             };

@@ -47,11 +47,11 @@ pub(super) use launch::MODULE;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, PushKernelArg};
+    use cudarc::driver::{CudaSlice, LaunchConfig, PushKernelArg};
 
     use super::{Gate, GateActivation};
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{EIGHT, THREADS, grid, launched, len, same, whole_eights};
+    use crate::cuda::launch::{EIGHT, THREADS, launched, len, same, whole_eights};
     use crate::cuda::{Kernels, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -59,6 +59,9 @@ mod launch {
         functions: &["silu_mul_bf16", "silu_mul_f16", "gelu_mul_bf16", "gelu_mul_f16"],
         most_shared: 0,
     };
+
+    /// Blocks a grid has in its second dimension at most.
+    const MOST_ROWS: u32 = 65_535;
 
     impl Kernels {
         /// Queues the gate. Shapes as in [`Gate::reference`].
@@ -82,13 +85,16 @@ mod launch {
                 GateActivation::Gelu => "gelu",
             };
             let function = self.kernel(&format!("{word}_mul_{}", T::NAME))?;
-            let eights = len(&[shape.rows, shape.width / EIGHT]);
-            let most = self.multiprocessors() * 8;
-            let blocks = u32::try_from(eights.div_ceil(THREADS as usize)).unwrap_or(most).min(most);
+            let width = shape.width / EIGHT;
+            let config = LaunchConfig {
+                grid_dim: (width.div_ceil(THREADS), shape.rows.min(MOST_ROWS), 1),
+                block_dim: (THREADS, 1, 1),
+                shared_mem_bytes: 0,
+            };
             let mut launch = self.stream().launch_builder(function);
-            launch.arg(x).arg(out).arg(&shape.rows).arg(&shape.width);
+            launch.arg(x).arg(out).arg(&shape.rows).arg(&width);
             // SAFETY: arguments match `*_mul_*` in gate.cu, which stays within the lengths checked above.
-            launched("gate", unsafe { launch.launch(grid(blocks, THREADS)) })
+            launched("gate", unsafe { launch.launch(config) })
         }
     }
 }

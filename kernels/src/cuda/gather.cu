@@ -2,8 +2,20 @@
 // Rows are moved as they are, 16 bytes at a time.
 #include "common.cuh"
 
-extern "C" __global__ void gather(const uint4* table, const uint32_t* ids, uint4* out, uint32_t table_rows, uint32_t width) {
-    uint32_t id = ids[blockIdx.x];
-    for (uint32_t i = blockIdx.y * blockDim.x + threadIdx.x; i < width; i += gridDim.y * blockDim.x)
-        out[static_cast<size_t>(blockIdx.x) * width + i] = id < table_rows ? table[static_cast<size_t>(id) * width + i] : uint4{0, 0, 0, 0};
+constexpr uint32_t THREADS = 128;
+// 16-byte pieces that a thread has on their way.
+constexpr int PIECES = 4;
+
+// `width`: 16-byte pieces of a row. Blocks go over rows in x, over a row in y.
+extern "C" __global__ void __launch_bounds__(THREADS) gather(const uint4* table, const uint32_t* ids, uint4* out, uint32_t table_rows, uint32_t width) {
+    uint32_t id = ids[blockIdx.x], first = blockIdx.y * PIECES * THREADS + threadIdx.x;
+    const uint4* from = table + static_cast<size_t>(id) * width + first;
+    uint4* to = out + static_cast<size_t>(blockIdx.x) * width + first;
+    uint4 kept[PIECES] = {};
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++)
+        if (id < table_rows && first + piece * THREADS < width) kept[piece] = from[piece * THREADS];
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++)
+        if (first + piece * THREADS < width) to[piece * THREADS] = kept[piece];
 }

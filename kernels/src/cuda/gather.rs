@@ -32,7 +32,7 @@ mod launch {
 
     use super::Gather;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{EIGHT, THREADS, launched, len, same, whole_eights};
+    use crate::cuda::launch::{EIGHT, launched, len, same, whole_eights};
     use crate::cuda::{Kernels, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -40,6 +40,10 @@ mod launch {
         functions: &["gather"],
         most_shared: 0,
     };
+
+    /// Threads of a block, and 16-byte pieces that each has on their way, as in the kernel.
+    const THREADS: u32 = 128;
+    const PIECES: u32 = 4;
 
     impl Kernels {
         /// Queues the gathering. Shapes as in [`Gather::reference`].
@@ -61,7 +65,7 @@ mod launch {
             }
             let width = shape.width / EIGHT;
             let config = LaunchConfig {
-                grid_dim: (shape.rows, width.div_ceil(THREADS).min(8), 1),
+                grid_dim: (shape.rows, width.div_ceil(THREADS * PIECES), 1),
                 block_dim: (THREADS, 1, 1),
                 shared_mem_bytes: 0,
             };

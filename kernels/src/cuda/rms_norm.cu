@@ -1,49 +1,86 @@
 // Root-mean-square norm of rows, and the same of a residual that something is added to first.
 // A block has a row; each thread keeps up to PIECES times eight of its numbers in registers, so that the row is read once.
+// All that it reads is on its way before it waits for any of it.
 #include "rows.cuh"
 
 constexpr int PIECES = 4;
 
+// Eights of a row that a thread has, zeros beyond its end.
+struct Pieces {
+    uint4 bits[PIECES];
+
+    __device__ __forceinline__ void read(const uint4* row, uint32_t width) {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+            bits[piece] = at(piece) < width ? row[at(piece)] : uint4{0, 0, 0, 0};
+    }
+    __device__ __forceinline__ void write(uint4* row, uint32_t width) const {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+            if (at(piece) < width) row[at(piece)] = bits[piece];
+    }
+    static __device__ __forceinline__ uint32_t at(int piece) { return piece * blockDim.x + threadIdx.x; }
+};
+
+template <typename T> __device__ __forceinline__ void add(Pieces& to, const Pieces& what) {
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        float sums[EIGHT], values[EIGHT];
+        widen<T>(to.bits[piece], sums);
+        widen<T>(what.bits[piece], values);
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) sums[i] += values[i];
+        to.bits[piece] = narrow<T>(sums);
+    }
+}
+
+template <typename T> __device__ __forceinline__ float squares(const Pieces& of) {
+    float sum = 0;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        float values[EIGHT];
+        widen<T>(of.bits[piece], values);
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) sum += values[i] * values[i];
+    }
+    return sum;
+}
+
+template <typename T> __device__ __forceinline__ void scale(Pieces& what, const Pieces& weights, float factor) {
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        float values[EIGHT], by[EIGHT];
+        widen<T>(what.bits[piece], values);
+        widen<T>(weights.bits[piece], by);
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++) values[i] *= factor * by[i];
+        what.bits[piece] = narrow<T>(values);
+    }
+}
+
+// `width`: eights of a row.
 template <typename T, bool ADD>
-__device__ __forceinline__ void norm(const T* x, T* residual, const T* weight, T* out, uint32_t width, float epsilon) {
+__device__ __forceinline__ void norm(const uint4* x, uint4* residual, const uint4* weight, uint4* out, uint32_t width, float epsilon) {
     size_t row = static_cast<size_t>(blockIdx.x) * width;
-    float kept[PIECES][EIGHT], sum = 0;
-    uint32_t step = blockDim.x * EIGHT;
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++) {
-        uint32_t at = piece * step + threadIdx.x * EIGHT;
-        if (at >= width) break;
-        load_eight(x + row + at, kept[piece]);
-        if (ADD) {
-            float before[EIGHT];
-            load_eight(residual + row + at, before);
-#pragma unroll
-            for (int i = 0; i < EIGHT; i++) kept[piece][i] = to_float(from_float<T>(kept[piece][i] + before[i]));
-            store_eight(residual + row + at, kept[piece]);
-        }
-#pragma unroll
-        for (int i = 0; i < EIGHT; i++) sum += kept[piece][i] * kept[piece][i];
+    Pieces kept, before, weights;
+    kept.read(x + row, width);
+    if (ADD) before.read(residual + row, width);
+    weights.read(weight, width);
+    if (ADD) {
+        add<T>(kept, before);
+        kept.write(residual + row, width);
     }
-    float factor = rsqrtf(block_sum(sum) / width + epsilon);
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++) {
-        uint32_t at = piece * step + threadIdx.x * EIGHT;
-        if (at >= width) break;
-        float weights[EIGHT];
-        load_eight(weight + at, weights);
-#pragma unroll
-        for (int i = 0; i < EIGHT; i++) kept[piece][i] *= factor * weights[i];
-        store_eight(out + row + at, kept[piece]);
-    }
+    scale<T>(kept, weights, rsqrtf(block_sum(squares<T>(kept)) / (width * EIGHT) + epsilon));
+    kept.write(out + row, width);
 }
 
 #define NORM(name, T)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(1024)                                                                    \
-        rms_norm_##name(const T* x, const T* weight, T* out, uint32_t width, float epsilon) {                             \
+        rms_norm_##name(const uint4* x, const uint4* weight, uint4* out, uint32_t width, float epsilon) {                 \
         norm<T, false>(x, nullptr, weight, out, width, epsilon);                                                          \
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(1024)                                                                    \
-        add_rms_norm_##name(const T* x, T* residual, const T* weight, T* out, uint32_t width, float epsilon) {            \
+        add_rms_norm_##name(const uint4* x, uint4* residual, const uint4* weight, uint4* out, uint32_t width, float epsilon) { \
         norm<T, true>(x, residual, weight, out, width, epsilon);                                                          \
     }
 

@@ -41,7 +41,7 @@ mod launch {
         most_shared: 0,
     };
 
-    /// Eights that a thread keeps, as in the kernel.
+    /// Eights of a row that a thread has, as in the kernel.
     const PIECES: u32 = 4;
 
     impl RmsNorm {
@@ -56,8 +56,13 @@ mod launch {
             Ok(())
         }
 
+        /// Eights of a row.
+        fn eights(&self) -> u32 {
+            self.width / EIGHT
+        }
+
         fn threads(&self) -> u32 {
-            self.width.div_ceil(EIGHT * PIECES).next_multiple_of(32).clamp(64, 1024)
+            self.eights().div_ceil(PIECES).next_multiple_of(32)
         }
     }
 
@@ -77,8 +82,9 @@ mod launch {
                 return Ok(());
             }
             let function = self.kernel(&format!("rms_norm_{}", T::NAME))?;
+            let width = shape.eights();
             let mut launch = self.stream().launch_builder(function);
-            launch.arg(x).arg(weight).arg(out).arg(&shape.width).arg(&shape.epsilon);
+            launch.arg(x).arg(weight).arg(out).arg(&width).arg(&shape.epsilon);
             // SAFETY: arguments match `rms_norm_*` in rms_norm.cu, which stays within the lengths checked above.
             launched("rms_norm", unsafe { launch.launch(grid(shape.rows, shape.threads())) })
         }
@@ -100,8 +106,9 @@ mod launch {
                 return Ok(());
             }
             let function = self.kernel(&format!("add_rms_norm_{}", T::NAME))?;
+            let width = shape.eights();
             let mut launch = self.stream().launch_builder(function);
-            launch.arg(x).arg(residual).arg(weight).arg(out).arg(&shape.width).arg(&shape.epsilon);
+            launch.arg(x).arg(residual).arg(weight).arg(out).arg(&width).arg(&shape.epsilon);
             // SAFETY: arguments match `add_rms_norm_*` in rms_norm.cu, which stays within the lengths checked above.
             launched("add_rms_norm", unsafe { launch.launch(grid(shape.rows, shape.threads())) })
         }

@@ -1,6 +1,6 @@
 // Rotary position embedding of Q and K (Su et al., arXiv 2104.09864, halves as in Llama), after a norm of each head where there
-// is one, and the store of K and V into their slots. A block has a token: its angles are computed once for all heads, of which
-// each warp takes one after the other.
+// is one, and the store of K and V into their slots. A block has heads of a token, each thread two chunks of one: its angles are
+// computed once for all of them, while they are on their way.
 #include "fragments.cuh"
 #include "rows.cuh"
 
@@ -13,99 +13,113 @@ struct RopeStore {
     float epsilon;
 };
 
-constexpr int WARPS = 8;
-
-// Numbers that a lane moves at once, where they are so many.
-template <typename T, int N> struct alignas((N & (N - 1)) == 0 ? N * sizeof(T) : sizeof(T)) Numbers {
-    T values[N];
+template <typename T> struct alignas(EIGHT * sizeof(T)) Eight {
+    T values[EIGHT];
 };
 
-template <typename T, int D> struct Head {
-    static constexpr int N = D / WARP;
-    float x[N];
-    uint32_t lane = threadIdx.x % WARP, first = lane * N;
+// Cosine and sine of eight pairs, and room, so that lanes read from different banks.
+struct alignas(16) Turns {
+    float2 by[EIGHT + 2];
+};
 
-    __device__ __forceinline__ void load(const T* from) {
-        Numbers<T, N> numbers = reinterpret_cast<const Numbers<T, N>*>(from)[lane];
+// What a lane has of a head: two chunks of eight numbers. Those of the first `turning` lanes turn with each other.
+template <typename T, int D> struct Head {
+    static constexpr uint32_t LANES = D <= 64 ? 4 : D <= 128 ? 8 : 16;
+    uint32_t turning, lane = threadIdx.x % LANES;
+    uint4 bits[2] = {};
+    float x[2][EIGHT];
+
+    __device__ __forceinline__ Head(uint32_t rotary) : turning(rotary / 2 / EIGHT) {}
+    __device__ __forceinline__ uint32_t chunk(int which) const { return lane < turning ? lane + which * turning : 2 * lane + which; }
+
+    __device__ __forceinline__ void ask(const uint4* from) {
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] = to_float(numbers.values[i]);
+        for (int which = 0; which < 2; which++) bits[which] = from[chunk(which)];
     }
-    template <typename TO> __device__ __forceinline__ Numbers<TO, N> rounded(float factor) const {
-        Numbers<TO, N> numbers;
+    __device__ __forceinline__ void widen_all() {
 #pragma unroll
-        for (int i = 0; i < N; i++) numbers.values[i] = from_float<TO>(x[i] * factor);
-        return numbers;
+        for (int which = 0; which < 2; which++) widen<T>(bits[which], x[which]);
     }
-    __device__ __forceinline__ void norm(const T* weight, float epsilon) {
+    // In all lanes of the head.
+    __device__ __forceinline__ float squares() const {
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < N; i++) sum += x[i] * x[i];
+        for (int i = 0; i < EIGHT; i++) sum += x[0][i] * x[0][i] + x[1][i] * x[1][i];
 #pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        float factor = rsqrtf(sum / D + epsilon);
-#pragma unroll
-        for (int i = 0; i < N; i++) x[i] *= factor * to_float(weight[first + i]);
+        for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        return sum;
     }
-    // `turns`: cosine and sine of each pair; `own`: room for the head, since the other half's lane depends on how much turns.
-    __device__ __forceinline__ void turn(const float2* turns, uint32_t half, float* own) {
-        __syncwarp();
+    __device__ __forceinline__ void scale(const uint4* weight, float factor) {
 #pragma unroll
-        for (int i = 0; i < N; i++) own[first + i] = x[i];
-        __syncwarp();
+        for (int which = 0; which < 2; which++) {
+            float weights[EIGHT];
+            widen<T>(weight[chunk(which)], weights);
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            uint32_t dim = first + i;
-            if (dim >= 2 * half) continue;
-            float2 turn = turns[dim % half];
-            x[i] = dim < half ? x[i] * turn.x - own[dim + half] * turn.y : x[i] * turn.x + own[dim - half] * turn.y;
+            for (int i = 0; i < EIGHT; i++) x[which][i] *= factor * weights[i];
         }
     }
-    template <typename KV> __device__ __forceinline__ void store(uint8_t* to, uint32_t row, float scale) const {
-        using L = Layout<KV, D>;
-        Numbers<KV, N> numbers = rounded<KV>(1 / scale);
-        uint32_t byte = first * sizeof(KV);
-        if constexpr (N * sizeof(KV) == alignof(Numbers<KV, N>)) {
-            *reinterpret_cast<Numbers<KV, N>*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers;
-        } else {
+    __device__ __forceinline__ void turn(const Turns* turns) {
+        if (lane >= turning) return;
 #pragma unroll
-            for (int i = 0; i < N; i++, byte += sizeof(KV))
-                *reinterpret_cast<KV*>(to + L::chunk(row, byte / 16) + byte % 16) = numbers.values[i];
+        for (int i = 0; i < EIGHT; i++) {
+            float2 by = turns[lane].by[i], pair = {x[0][i], x[1][i]};
+            x[0][i] = pair.x * by.x - pair.y * by.y;
+            x[1][i] = pair.y * by.x + pair.x * by.y;
+        }
+    }
+    __device__ __forceinline__ void write(uint4* to) const {
+#pragma unroll
+        for (int which = 0; which < 2; which++) to[chunk(which)] = narrow<T>(x[which]);
+    }
+    template <typename KV> __device__ __forceinline__ void store(uint8_t* to, uint32_t row, float scale) const {
+#pragma unroll
+        for (int which = 0; which < 2; which++) {
+            Eight<KV> eight;
+#pragma unroll
+            for (int i = 0; i < EIGHT; i++) eight.values[i] = from_float<KV>(x[which][i] * (1 / scale));
+            uint32_t byte = chunk(which) * sizeof(eight);
+            *reinterpret_cast<Eight<KV>*>(to + Layout<KV, D>::chunk(row, byte / 16) + byte % 16) = eight;
         }
     }
 };
 
-template <typename T, typename KV, int D>
-__device__ __forceinline__ void token_of(const RopeStore& rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {
-    __shared__ float2 turns[D / 2];
-    __shared__ float others[WARPS][D];
-    uint32_t token = blockIdx.x, warp = threadIdx.x / WARP, half = rope.rotary / 2, all = rope.heads + 2 * rope.arena.kv_heads;
-    float position = rope.positions[token];
-    for (uint32_t pair = threadIdx.x; pair < half; pair += blockDim.x)
-        sincosf(position * rope.frequencies[pair], &turns[pair].y, &turns[pair].x);
-    __syncthreads();
-    uint32_t slot = rope.slots[token], block = slot / rope.arena.block_size, row = slot % rope.arena.block_size;
-    for (uint32_t index = warp; index < all; index += WARPS) {
-        bool is_q = index < rope.heads, is_v = index >= rope.heads + rope.arena.kv_heads;
-        const T* weight = is_q ? q_weight : k_weight;
-        Head<T, D> head;
-        head.load(qkv + (static_cast<size_t>(token) * all + index) * D);
-        if (!is_v && weight != nullptr) head.norm(weight, rope.epsilon);
-        if (!is_v) head.turn(turns, half, others[warp]);
-        if (is_q) {
-            Numbers<T, Head<T, D>::N>* row_of_q = reinterpret_cast<Numbers<T, Head<T, D>::N>*>(q + (static_cast<size_t>(token) * rope.heads + index) * D);
-            row_of_q[head.lane] = head.template rounded<T>(1);
-        } else if (block < rope.arena.blocks) {
-            uint32_t kv_head = (index - rope.heads) % rope.arena.kv_heads;
-            float scale = Layout<KV, D>::scale(rope.arena, rope.layer, is_v, kv_head);
-            head.template store<KV>(rope.arena.data + Layout<KV, D>::head(rope.arena, block, rope.layer, is_v, kv_head), row, scale);
-        }
+__device__ __forceinline__ void turns_of(const RopeStore& rope, Turns* turns) {
+    float position = rope.positions[blockIdx.x];
+    for (uint32_t pair = threadIdx.x; pair < rope.rotary / 2; pair += blockDim.x) {
+        float2& by = turns[pair / EIGHT].by[pair % EIGHT];
+        sincosf(position * rope.frequencies[pair], &by.y, &by.x);
     }
 }
 
+template <typename T, typename KV, int D>
+__device__ __forceinline__ void head_of(const RopeStore& rope, const uint4* qkv, const uint4* q_weight, const uint4* k_weight, uint4* q) {
+    using L = Layout<KV, D>;
+    __shared__ Turns turns[D / 2 / EIGHT];
+    Head<T, D> head(rope.rotary);
+    uint32_t kv_heads = rope.arena.kv_heads, all = rope.heads + 2 * kv_heads;
+    uint32_t index = (blockIdx.y * blockDim.x + threadIdx.x) / head.LANES;
+    bool is_there = index < all && head.lane < D / (2 * EIGHT), is_q = index < rope.heads, is_v = index >= rope.heads + kv_heads;
+    size_t token = blockIdx.x;
+    if (is_there) head.ask(qkv + (token * all + index) * (D / EIGHT));
+    uint32_t slot = rope.slots[token];
+    turns_of(rope, turns);
+    __syncthreads();
+    head.widen_all();
+    float factor = q_weight == nullptr ? 1 : rsqrtf(head.squares() / D + rope.epsilon);
+    if (!is_there) return;
+    if (q_weight != nullptr && !is_v) head.scale(is_q ? q_weight : k_weight, factor);
+    if (!is_v) head.turn(turns);
+    if (is_q) return head.write(q + (token * rope.heads + index) * (D / EIGHT));
+    uint32_t block = slot / rope.arena.block_size, row = slot % rope.arena.block_size, kv_head = (index - rope.heads) % kv_heads;
+    if (block >= rope.arena.blocks) return;
+    float scale = L::scale(rope.arena, rope.layer, is_v, kv_head);
+    head.template store<KV>(rope.arena.data + L::head(rope.arena, block, rope.layer, is_v, kv_head), row, scale);
+}
+
 #define ROPE(name, T, KV, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256) rope_store_##name##_##D(                                       \
-        const __grid_constant__ RopeStore rope, const T* qkv, const T* q_weight, const T* k_weight, T* q) {          \
-        token_of<T, KV, D>(rope, qkv, q_weight, k_weight, q);                                                         \
+    extern "C" __global__ void __launch_bounds__(512) rope_store_##name##_##D(                                       \
+        const __grid_constant__ RopeStore rope, const uint4* qkv, const uint4* q_weight, const uint4* k_weight, uint4* q) { \
+        head_of<T, KV, D>(rope, qkv, q_weight, k_weight, q);                                                          \
     }
 #define ROPES(name, T, KV) ROPE(name, T, KV, 64) ROPE(name, T, KV, 96) ROPE(name, T, KV, 128) ROPE(name, T, KV, 256)
 

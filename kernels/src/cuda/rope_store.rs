@@ -10,7 +10,7 @@ pub struct RopeStore {
     /// Query heads.
     pub heads: u32,
     pub layer: u32,
-    /// Dimensions of a head that turn, from its first: an even number.
+    /// Dimensions of a head that turn, from its first: a multiple of 16.
     pub rotary: u32,
     /// Of the heads' norms.
     pub epsilon: f32,
@@ -90,12 +90,12 @@ pub use launch::RopeInput;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 
     use super::{HeadNorms, RopeStore};
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{THREADS, below, each_kv_dtype, grid, launched, len, same};
+    use crate::cuda::launch::{below, each_kv_dtype, launched, len, same};
     use crate::cuda::{Arena, ArenaShape, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -103,6 +103,9 @@ mod launch {
         functions: each_kv_dtype!("rope_store": 64 96 128 256),
         most_shared: 0,
     };
+
+    /// Threads of a block at most, as in the kernel.
+    const MOST_THREADS: u32 = 512;
 
     /// What changes from step to step, in device memory, and the frequencies.
     #[derive(Debug)]
@@ -149,8 +152,21 @@ mod launch {
             same("frequencies", input.frequencies.len(), self.rotary as usize / 2)?;
             below("layer", self.layer, shape.layers)?;
             below("rotary", self.rotary, shape.head_dim + 1)?;
-            same("half of rotary, doubled", self.rotary as usize / 2 * 2, self.rotary as usize)?;
+            same("rotary, in sixteens,", self.rotary as usize, self.rotary as usize / 16 * 16)?;
             Ok(())
+        }
+
+        /// A block for each token, or more where its heads have more lanes than a block has threads.
+        fn config(&self, shape: &ArenaShape) -> LaunchConfig {
+            let lanes = (shape.head_dim / 16).next_power_of_two();
+            let heads = self.heads + 2 * shape.kv_heads;
+            let blocks = (heads * lanes).div_ceil(MOST_THREADS);
+            let threads = (heads.div_ceil(blocks) * lanes).next_multiple_of(32);
+            LaunchConfig {
+                grid_dim: (self.tokens, blocks, 1),
+                block_dim: (threads, 1, 1),
+                shared_mem_bytes: 0,
+            }
         }
     }
 
@@ -196,7 +212,7 @@ mod launch {
             let mut launch = stream.launch_builder(function);
             launch.arg(&argument).arg(qkv).arg(&q_weight).arg(&k_weight).arg(q);
             // SAFETY: arguments match `rope_store_*` in rope_store.cu, which bounds slots and stays within the lengths checked above.
-            launched("rope_store", unsafe { launch.launch(grid(shape.tokens, THREADS)) })
+            launched("rope_store", unsafe { launch.launch(shape.config(&arena.shape)) })
         }
     }
 }

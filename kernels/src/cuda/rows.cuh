@@ -2,30 +2,37 @@
 #pragma once
 #include "common.cuh"
 
-// Eight numbers of 16 bits.
+// Numbers of 16 bits in a uint4, which is how rows are moved: what a thread asks for as bits, it waits for when it widens them.
 constexpr int EIGHT = 8;
 
-template <typename T> __device__ __forceinline__ void load_eight(const T* from, float (&values)[EIGHT]) {
-    uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const T* numbers = reinterpret_cast<const T*>(&bits);
+// Two numbers of one register, as `pack` makes it.
+template <typename T> __device__ __forceinline__ float2 unpack(uint32_t both);
+template <> __device__ __forceinline__ float2 unpack<__half>(uint32_t both) { return __half22float2(*reinterpret_cast<__half2*>(&both)); }
+template <> __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t both) {
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xFFFF0000)};
+}
+
+template <typename T> __device__ __forceinline__ void widen(uint4 bits, float (&values)[EIGHT]) {
+    uint32_t pairs[] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int i = 0; i < EIGHT; i++) values[i] = to_float(numbers[i]);
+    for (int i = 0; i < EIGHT; i += 2) {
+        float2 both = unpack<T>(pairs[i / 2]);
+        values[i] = both.x, values[i + 1] = both.y;
+    }
 }
 
-template <typename T> __device__ __forceinline__ void store_eight(T* to, const float (&values)[EIGHT]) {
-    uint4 bits = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3]), pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
-    *reinterpret_cast<uint4*>(to) = bits;
+template <typename T> __device__ __forceinline__ uint4 narrow(const float (&values)[EIGHT]) {
+    return {pack<T>(values[0], values[1]), pack<T>(values[2], values[3]), pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
 }
 
-// The sum over all threads of the block, in every thread. At most 1024 threads.
+// The sum over all threads of the block, in every thread; once a launch. At most 1024 threads.
 __device__ __forceinline__ float block_sum(float value) {
     __shared__ float sums[WARP];
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-    __syncthreads();
     if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = value;
     __syncthreads();
-    value = threadIdx.x % WARP < (blockDim.x + WARP - 1) / WARP ? sums[threadIdx.x % WARP] : 0;
+    value = threadIdx.x % WARP < blockDim.x / WARP ? sums[threadIdx.x % WARP] : 0;
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
     return value;

@@ -65,7 +65,9 @@ fn norms_are_their_reference() {
 
 fn gate<T: Real>(random: &mut Rng, kernels: &Kernels) {
     let activation = if random.bool() { GateActivation::Silu } else { GateActivation::Gelu };
-    let shape = Gate { rows: random.u32(1..60), width: random.u32(1..500) * 8, activation };
+    let few = (random.u32(1..60), random.u32(1..500) * 8);
+    let (rows, width) = random.choice([few, few, few, (66_000, 8)]).unwrap_or(few);
+    let shape = Gate { rows, width, activation };
     let x: Vec<T> =
         (0..2 * shape.rows * shape.width).map(|_| T::from_f32(random.f32() * 16.0 - 8.0)).collect();
     let mut wanted = vec![0.0; x.len() / 2];
@@ -134,7 +136,7 @@ impl<T: Real, KV: KvNumber<T>> Rope<T, KV> {
         };
         let shape = RopeStore {
             tokens: random.u32(1..30),
-            heads: random.u32(1..20),
+            heads: random.u32(1..70),
             layer: random.u32(..arena_shape.layers),
             rotary: random.choice([head_dim, head_dim / 2, 0]).unwrap_or(0),
             epsilon: 1e-6,
@@ -223,10 +225,10 @@ fn copied_blocks_are_their_reference_and_go_to_the_host_and_back() {
     cases(60, |random| {
         let shape = ArenaShape {
             blocks: random.u32(8..30),
-            block_size: 16,
-            layers: 2,
-            kv_heads: 2,
-            head_dim: 64,
+            block_size: random.choice([8, 16]).unwrap_or(8),
+            layers: random.u32(1..5),
+            kv_heads: random.u32(1..4),
+            head_dim: random.choice([64, 96, 128]).unwrap_or(64),
         };
         let mut arena = Arena::<bf16>::new(&kernels, shape).expect("memory");
         let mut values = numbers::<bf16>(random, arena.values_mut().len());
@@ -277,6 +279,12 @@ fn lengths_that_do_not_fit_are_refused() {
     let mut arena = Arena::<bf16>::new(&kernels, shape).expect("memory");
     let pairs = BlockPairs { pairs: &ids, count: 3 };
     refused(kernels.copy_blocks(&mut arena, &pairs), "pairs has length 4, wanted 6");
+    let rope = RopeStore { tokens: 1, heads: 2, layer: 0, rotary: 24, epsilon: 1e-6 };
+    let one = upload(&kernels, &[0_u32]);
+    let frequencies = upload(&kernels, &[1.0_f32; 12]);
+    let input = RopeInput { positions: &one, slots: &one, frequencies: &frequencies };
+    let (qkv, mut q) = (upload(&kernels, &[bf16::ONE; 256]), poisoned::<bf16>(&kernels, 128));
+    refused(kernels.rope_store(&rope, (&qkv, None), &input, &mut arena, &mut q), "in sixteens");
     let odd = ArenaShape { block_size: 12, ..shape };
     assert!(Arena::<bf16>::new(&kernels, odd).is_err(), "blocks of 12");
 }

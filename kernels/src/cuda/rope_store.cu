@@ -22,7 +22,8 @@ struct alignas(16) Turns {
     float2 by[EIGHT + 2];
 };
 
-// What a lane has of a head: two chunks of eight numbers. Those of the first `turning` lanes turn with each other.
+// What a lane has of a head: two chunks of eight numbers. Those of the first `turning` lanes turn with each other, so that no lane
+// needs what another has.
 template <typename T, int D> struct Head {
     static constexpr uint32_t LANES = D <= 64 ? 4 : D <= 128 ? 8 : 16;
     uint32_t turning, lane = threadIdx.x % LANES;
@@ -71,14 +72,20 @@ template <typename T, int D> struct Head {
 #pragma unroll
         for (int which = 0; which < 2; which++) to[chunk(which)] = narrow<T>(x[which]);
     }
-    template <typename KV> __device__ __forceinline__ void store(uint8_t* to, uint32_t row, float scale) const {
+    // `is_v`: V, otherwise K.
+    template <typename KV> __device__ __forceinline__ void store(const RopeStore& rope, uint32_t slot, bool is_v, uint32_t kv_head) const {
+        using L = Layout<KV, D>;
+        uint32_t block = slot / rope.arena.block_size, row = slot % rope.arena.block_size;
+        if (block >= rope.arena.blocks) return;
+        float scale = L::scale(rope.arena, rope.layer, is_v, kv_head);
+        uint8_t* to = rope.arena.data + L::head(rope.arena, block, rope.layer, is_v, kv_head);
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             Eight<KV> eight;
 #pragma unroll
             for (int i = 0; i < EIGHT; i++) eight.values[i] = from_float<KV>(x[which][i] * (1 / scale));
             uint32_t byte = chunk(which) * sizeof(eight);
-            *reinterpret_cast<Eight<KV>*>(to + Layout<KV, D>::chunk(row, byte / 16) + byte % 16) = eight;
+            *reinterpret_cast<Eight<KV>*>(to + L::chunk(row, byte / 16) + byte % 16) = eight;
         }
     }
 };
@@ -93,7 +100,6 @@ __device__ __forceinline__ void turns_of(const RopeStore& rope, Turns* turns) {
 
 template <typename T, typename KV, int D>
 __device__ __forceinline__ void head_of(const RopeStore& rope, const uint4* qkv, const uint4* q_weight, const uint4* k_weight, uint4* q) {
-    using L = Layout<KV, D>;
     __shared__ Turns turns[D / 2 / EIGHT];
     Head<T, D> head(rope.rotary);
     uint32_t kv_heads = rope.arena.kv_heads, all = rope.heads + 2 * kv_heads;
@@ -110,10 +116,7 @@ __device__ __forceinline__ void head_of(const RopeStore& rope, const uint4* qkv,
     if (q_weight != nullptr && !is_v) head.scale(is_q ? q_weight : k_weight, factor);
     if (!is_v) head.turn(turns);
     if (is_q) return head.write(q + (token * rope.heads + index) * (D / EIGHT));
-    uint32_t block = slot / rope.arena.block_size, row = slot % rope.arena.block_size, kv_head = (index - rope.heads) % kv_heads;
-    if (block >= rope.arena.blocks) return;
-    float scale = L::scale(rope.arena, rope.layer, is_v, kv_head);
-    head.template store<KV>(rope.arena.data + L::head(rope.arena, block, rope.layer, is_v, kv_head), row, scale);
+    head.template store<KV>(rope, slot, is_v, (index - rope.heads) % kv_heads);
 }
 
 #define ROPE(name, T, KV, D)                                                                                         \

@@ -1,6 +1,6 @@
 // Root-mean-square norm of rows, and the same of a residual that something is added to first.
 // A block has a row; each thread keeps up to PIECES times eight of its numbers in registers, so that the row is read once.
-// All that it reads is on its way before it waits for any of it.
+// All that it reads is on its way before it waits for any of it. A product that follows reads its weights beside it.
 #include "rows.cuh"
 
 constexpr int PIECES = 4;
@@ -61,6 +61,7 @@ template <typename T> __device__ __forceinline__ void scale(Pieces& what, const 
 // `width`: eights of a row.
 template <typename T, bool ADD>
 __device__ __forceinline__ void norm(const uint4* x, uint4* residual, const uint4* weight, uint4* out, uint32_t width, float epsilon) {
+    let_next_begin();
     size_t row = static_cast<size_t>(blockIdx.x) * width;
     Pieces kept, before, weights;
     kept.read(x + row, width);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cudarc::driver::CudaSlice;
 use fastrand::Rng;
 use half::{bf16, f16};
-use kernels::cuda::{GateActivation, Kernels, LaunchError, Linear, Onto, Products, Real};
+use kernels::cuda::{GateActivation, Kernels, LaunchError, Linear, Onto, Products, Real, RmsNorm};
 
 use crate::support::{
     cases, download, expect_close, kernels, numbers, poisoned, tolerance, upload, widened,
@@ -136,6 +136,30 @@ fn products_in_tiles_of_clusters_are_their_reference() {
     if checked == 0 {
         eprintln!("not tested: the device is no Hopper, or nothing was built for it");
     }
+}
+
+/// A product begins beside the norm, whose result is its input.
+#[test]
+fn products_wait_for_the_norm_before_them() {
+    let kernels = kernels();
+    cases(40, |random| {
+        let (rows, inputs) = (random.u32(1..300), 8 * random.u32(8..256));
+        let shape = Linear { rows, inputs, outputs: 64, onto: onto(random) };
+        let norm = RmsNorm { rows, width: inputs, epsilon: 1e-5 };
+        let mut case = Case::<bf16>::filled(random, shape);
+        let before = upload(&kernels, &case.x);
+        // Terms of the product are below 1.
+        let weight = upload(&kernels, &vec![bf16::from_f32(0.5); inputs as usize]);
+        let mut x = poisoned(&kernels, case.x.len());
+        kernels.rms_norm(&norm, (&before, &weight), &mut x).expect("launch");
+        case.x = download(&kernels, &x);
+        let mut products = Products::open(&kernels, &[shape], None).expect("the library");
+        case.check(&kernels, |[_, w], out| {
+            x = poisoned(&kernels, case.x.len());
+            kernels.rms_norm(&norm, (&before, &weight), &mut x)?;
+            kernels.linear(&shape, (&x, w), out, &mut products)
+        });
+    });
 }
 
 /// Each launch reads its weights ahead, beside the one before it, whose result is its input.

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::Path;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaEvent, CudaSlice, DriverError};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DriverError};
 
 use super::choices::{Choices, Kept};
 use super::few_row::{self, FewRowScratch};
@@ -22,7 +22,7 @@ const OURS: usize = 16;
 const PROPOSALS: usize = 8;
 /// Launches of a graph that is timed, and its replays.
 const LAUNCHES: usize = 12;
-const REPLAYS: usize = 5;
+const REPLAYS: usize = 8;
 /// Milliseconds that a launch of the library's costs its neighbours: ours begin beside each other, not beside it. Measured on an H200:
 /// 4 to 5 us for one product of four.
 const LIBRARY_EXTRA: f32 = 0.003;
@@ -136,16 +136,13 @@ impl Products {
         }
         let (ours, theirs): (Vec<_>, Vec<_>) =
             self.ways::<T>(shape)?.into_iter().partition(|way| !way.is_library());
-        let mut best = None::<(f32, Way)>;
-        for way in ours.into_iter().take(OURS).chain(theirs) {
-            // One that fails is none.
-            let Ok(time) = self.time(kernels, (shape, way), (x, weights), out) else { continue };
-            let time = time + if way.is_library() { LIBRARY_EXTRA } else { 0.0 };
-            if best.is_none_or(|(least, _)| time < least) {
-                best = Some((time, way));
-            }
-        }
-        let (_, way) = best.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))?;
+        let ways = ours.into_iter().take(OURS).chain(theirs);
+        // One that fails is none.
+        let graph = |way| Some((way, self.graph(kernels, (shape, way), (x, weights), out).ok()?));
+        let graphs: Vec<_> = ways.filter_map(graph).collect();
+        let refused = |source| LaunchError::Driver { what: "to time a product", source };
+        let way = fastest(kernels, &graphs).map_err(refused)?;
+        let way = way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))?;
         self.kept.ways.insert(name::<T>(shape), way.kept());
         self.chosen.insert((T::NAME, *shape), way);
         Ok(())
@@ -159,15 +156,14 @@ impl Products {
         self.kept.write()
     }
 
-    /// Milliseconds of a launch: the least of some replays of a graph that has them all, since the host would take longer than
-    /// the device.
-    fn time<T: Real>(
+    /// Some launches, since the host would take longer for one than the device.
+    fn graph<T: Real>(
         &mut self,
         kernels: &Kernels,
         (shape, way): (&Linear, Way),
         (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
         out: &mut CudaSlice<T>,
-    ) -> Result<f32, LaunchError> {
+    ) -> Result<CudaGraph, LaunchError> {
         let refused = |source| LaunchError::Driver { what: "to time a product", source };
         let stream = kernels.stream();
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -178,15 +174,7 @@ impl Products {
         let graph = stream.end_capture(flags);
         queued?;
         let empty = KernelError::Length { what: "weights", wanted: 1, got: 0 };
-        let graph = graph.map_err(refused)?.ok_or(empty)?;
-        let mut least = f32::INFINITY;
-        for _ in 0..REPLAYS {
-            let begin = event(kernels).map_err(refused)?;
-            graph.launch().map_err(refused)?;
-            let end = event(kernels).map_err(refused)?;
-            least = least.min(begin.elapsed_ms(&end).map_err(refused)?);
-        }
-        Ok(least / LAUNCHES as f32)
+        Ok(graph.map_err(refused)?.ok_or(empty)?)
     }
 
     /// The way that was found to be the fastest, or should be.
@@ -229,6 +217,21 @@ impl Products {
         let way = ways.iter().find(is_likely).or(ways.first()).copied();
         way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))
     }
+}
+
+/// In turns, so that a device that slows down as it gets warm slows all of them; the least time of each counts.
+fn fastest(kernels: &Kernels, graphs: &[(Way, CudaGraph)]) -> Result<Option<Way>, DriverError> {
+    let mut least = vec![f32::INFINITY; graphs.len()];
+    for _ in 0..REPLAYS {
+        for ((way, graph), least) in graphs.iter().zip(&mut least) {
+            let begin = event(kernels)?;
+            graph.launch()?;
+            let time = begin.elapsed_ms(&event(kernels)?)? / LAUNCHES as f32;
+            *least = least.min(time + if way.is_library() { LIBRARY_EXTRA } else { 0.0 });
+        }
+    }
+    let ways = graphs.iter().map(|(way, _)| *way).zip(least);
+    Ok(ways.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(way, _)| way))
 }
 
 fn event(kernels: &Kernels) -> Result<CudaEvent, DriverError> {

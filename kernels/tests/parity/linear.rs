@@ -138,31 +138,7 @@ fn products_in_tiles_of_clusters_are_their_reference() {
     }
 }
 
-/// A product begins beside the norm, whose result is its input.
-#[test]
-fn products_wait_for_the_norm_before_them() {
-    let kernels = kernels();
-    cases(40, |random| {
-        let (rows, inputs) = (random.u32(1..300), 8 * random.u32(8..256));
-        let shape = Linear { rows, inputs, outputs: 64, onto: onto(random) };
-        let norm = RmsNorm { rows, width: inputs, epsilon: 1e-5 };
-        let mut case = Case::<bf16>::filled(random, shape);
-        let before = upload(&kernels, &case.x);
-        // Terms of the product are below 1.
-        let weight = upload(&kernels, &vec![bf16::from_f32(0.5); inputs as usize]);
-        let mut x = poisoned(&kernels, case.x.len());
-        kernels.rms_norm(&norm, (&before, &weight), &mut x).expect("launch");
-        case.x = download(&kernels, &x);
-        let mut products = Products::open(&kernels, &[shape], None).expect("the library");
-        case.check(&kernels, |[_, w], out| {
-            x = poisoned(&kernels, case.x.len());
-            kernels.rms_norm(&norm, (&before, &weight), &mut x)?;
-            kernels.linear(&shape, (&x, w), out, &mut products)
-        });
-    });
-}
-
-/// Each launch reads its weights ahead, beside the one before it, whose result is its input.
+/// Each product reads its weights ahead, beside the launch before it, whose result is its input: a norm, or a product.
 #[test]
 fn a_chain_of_products_is_the_same_every_time() {
     let kernels = kernels();
@@ -174,12 +150,19 @@ fn a_chain_of_products_is_the_same_every_time() {
         let weights: Vec<_> =
             (0..2).map(|_| upload(&kernels, &scaled(random, 1024 * 6144))).collect();
         let x = scaled(random, rows as usize * 1024);
+        let norm = RmsNorm { rows, width: 1024, epsilon: 1e-5 };
+        let scales = upload(&kernels, &vec![bf16::from_f32(0.5); 1024]);
         let mut run = |waits: bool| {
             let mut residual = upload(&kernels, &x);
+            let mut normed = poisoned::<bf16>(&kernels, rows as usize * 1024);
             let mut inner = poisoned::<bf16>(&kernels, rows as usize * 6144);
             for _ in 0..20 {
+                kernels.rms_norm(&norm, (&residual, &scales), &mut normed).unwrap();
+                if waits {
+                    kernels.stream().synchronize().unwrap();
+                }
                 kernels
-                    .linear(&shapes[0], (&residual, &weights[0]), &mut inner, &mut products)
+                    .linear(&shapes[0], (&normed, &weights[0]), &mut inner, &mut products)
                     .unwrap();
                 if waits {
                     kernels.stream().synchronize().unwrap();

@@ -134,6 +134,9 @@ impl Products {
         if self.kept_way::<T>(shape)?.is_some() {
             return Ok(());
         }
+        for w in weights {
+            shape.check([x.len(), w.len(), out.len()])?;
+        }
         let (ours, theirs): (Vec<_>, Vec<_>) =
             self.ways::<T>(shape)?.into_iter().partition(|way| !way.is_library());
         let ways = ours.into_iter().take(OURS).chain(theirs);
@@ -272,10 +275,10 @@ impl Kernels {
         self.linear_by(way, shape, given, out, products)
     }
 
-    /// Queues the product by one of [`Products::ways`]; otherwise as [`Self::linear`].
+    /// Queues the product by one of [`Products::ways`] of its shape; otherwise as [`Self::linear`].
     ///
     /// # Errors
-    /// As [`Self::linear`].
+    /// As [`Self::linear`], and when it is no way to this shape.
     pub fn linear_by<T: Real>(
         &self,
         way: Way,
@@ -285,6 +288,9 @@ impl Kernels {
         products: &mut Products,
     ) -> Result<(), LaunchError> {
         match way.0 {
+            Kind::FewRow | Kind::Library(_) if matches!(shape.onto, Onto::Gate(_)) => {
+                Err(LaunchError::Unsupported(format!("{shape:?} by {way}")))
+            }
             Kind::FewRow => self.few_row(shape, given, out, &mut products.few_row),
             Kind::SplitK(cut) => self.split_k((shape, &cut), given, out, &mut products.split_k),
             Kind::Library(algorithm) => {

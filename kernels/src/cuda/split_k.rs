@@ -283,7 +283,7 @@ impl Kernels {
     /// wait for each other: nothing else may keep multiprocessors until this launch has ended.
     ///
     /// # Errors
-    /// When lengths do not fit.
+    /// When lengths do not fit, or the cut is of another shape.
     pub(super) fn split_k<T: Real>(
         &self,
         (shape, cut): (&Linear, &Cut),
@@ -292,6 +292,9 @@ impl Kernels {
         scratch: &mut SplitKScratch,
     ) -> Result<(), LaunchError> {
         shape.check([x.len(), w.len(), out.len()])?;
+        if Cut::of(shape, cut.tile, cut.splits, scratch.clusters) != Some(*cut) {
+            return Err(LaunchError::Unsupported(format!("{shape:?} by split_k {cut}")));
+        }
         let parts = if cut.splits > 1 { cut.tile.parts(cut.clusters) } else { 0 };
         at_least("parts", scratch.parts.len(), parts)?;
         let stream = self.stream();

@@ -257,4 +257,5 @@ fn lengths_that_do_not_fit_are_refused() {
     refuses(Linear { rows: 8, inputs: 32, outputs: 64, ..shape }, "out");
     refuses(Linear { rows: 64, inputs: 4, outputs: 512, ..shape }, "out");
     refuses(shape, "arrived");
+    refuses(Linear { outputs: 16, onto: Onto::Gate(GateActivation::Silu), ..shape }, "few_row");
 }

@@ -849,3 +849,4 @@ template <typename T> __device__ __forceinline__ void report(const Sample& sampl
 
 SAMPLE(f32, float)
 SAMPLE(bf16, __nv_bfloat16)
+SAMPLE(f16, __half)

@@ -160,7 +160,7 @@ mod launch {
     use cudarc::driver::{
         CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
     };
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::TokenScore;
     use crate::cuda::device::Module;
@@ -193,6 +193,11 @@ mod launch {
             "choose_bf16",
             "survey_raw_bf16",
             "report_bf16",
+            "alter_f16",
+            "survey_f16",
+            "choose_f16",
+            "survey_raw_f16",
+            "report_f16",
         ],
         most_shared: shared(MOST_GROUPS),
     };
@@ -212,6 +217,9 @@ mod launch {
     }
     impl Logit for bf16 {
         const NAME: &str = "bf16";
+    }
+    impl Logit for f16 {
+        const NAME: &str = "f16";
     }
 
     /// One draw. Draws of one launch name each row once.

@@ -6,7 +6,7 @@ use std::num::NonZeroU32;
 
 use cudarc::driver::CudaSlice;
 use fastrand::Rng;
-use half::bf16;
+use half::{bf16, f16};
 use kernels::cuda::{
     Admission, Draw, Kernels, Logit, Sample, SampleOutput, SampleScratch, SamplingParams,
     SamplingRows, SamplingShape, SamplingState, TokenScore,
@@ -262,12 +262,10 @@ fn steps<T: Logit>(random: &mut Rng, kernels: &Kernels, of: Rounding<T>) {
 #[test]
 fn drawn_tokens_and_their_scores_are_their_reference() {
     let kernels = kernels();
-    cases(150, |random| {
-        if random.bool() {
-            steps::<f32>(random, &kernels, (|x| x, |x| x));
-        } else {
-            steps::<bf16>(random, &kernels, (bf16::from_f32, bf16::to_f32));
-        }
+    cases(150, |random| match random.u32(..4) {
+        0 | 1 => steps::<f32>(random, &kernels, (|x| x, |x| x)),
+        2 => steps::<bf16>(random, &kernels, (bf16::from_f32, bf16::to_f32)),
+        _ => steps::<f16>(random, &kernels, (f16::from_f32, f16::to_f32)),
     });
 }
 

@@ -105,9 +105,9 @@ fn row(
         }
         Ok(())
     })?;
-    let bytes: f64 = layer.iter().map(Product::bytes).sum();
-    let operations: f64 = layer.iter().map(Product::operations).sum();
-    let floor = layer.iter().map(|it| it.floor(timer)).sum();
+    let bytes: f64 = layer.iter().map(|it| bytes(&it.shape)).sum();
+    let operations: f64 = layer.iter().map(|it| operations(&it.shape)).sum();
+    let floor = layer.iter().map(|it| floor(&it.shape, timer)).sum();
     let shape = layer[0].shape;
     let shape = match layer {
         [_] => format!("{} x {} -> {}", shape.rows, shape.inputs, shape.outputs),
@@ -141,22 +141,18 @@ fn gated(
     let time = timer.time(4 * LAYERS, |index| {
         Ok(kernels.linear(&shape, (x, &weights[index % LAYERS]), &mut out, products)?)
     })?;
-    let bytes = 2.0 * f64::from(shape.inputs) * f64::from(shape.rows + shape.w_rows())
-        + 2.0 * f64::from(shape.rows) * f64::from(shape.outputs);
-    let operations =
-        2.0 * f64::from(shape.rows) * f64::from(shape.inputs) * f64::from(shape.w_rows());
     Ok(Row {
         operation: "linear",
         shape: format!("{} rows, gate and up with SiLU", shape.rows),
         time,
-        floor: (bytes / timer.copy_rate / 1e3).max(operations / ARITHMETIC),
+        floor: floor(&shape, timer),
         rival: Some((apart, "two launches")),
         figure: products.way::<bf16>(&shape)?.to_string(),
     })
 }
 
 impl Product {
-    /// Makes room for so many rows and has the library choose for them.
+    /// Makes room for so many rows and finds the fastest way for them.
     fn prepare(
         &mut self,
         timer: &Timer,
@@ -190,31 +186,23 @@ impl Product {
         timer: &Timer,
         products: &mut Products,
     ) -> Result<Way, Box<dyn Error>> {
-        let ways = products.ways::<bf16>(&self.shape)?;
-        let mut fastest = None::<(f64, Way)>;
-        for way in ways.into_iter().filter(Way::is_library) {
-            let launch = |index| self.launch(&timer.kernels, (index, way), products);
-            let Ok(time) = timer.time(4 * LAYERS, launch) else { continue };
-            if fastest.is_none_or(|(least, _)| time < least) {
-                fastest = Some((time, way));
-            }
-        }
-        Ok(fastest.ok_or("the library has no way")?.1)
+        let ways = products.ways::<bf16>(&self.shape)?.into_iter().filter(Way::is_library);
+        let (ways, weights): (Vec<_>, Vec<_>) = (ways.collect(), self.weights.iter().collect());
+        let given = (&self.x, weights.as_slice());
+        Ok(products.fastest(&timer.kernels, (&self.shape, &ways), given, &mut self.out)?)
     }
+}
 
-    fn floor(&self, timer: &Timer) -> f64 {
-        (self.bytes() / timer.copy_rate / 1e3).max(self.operations() / ARITHMETIC)
-    }
+fn floor(shape: &Linear, timer: &Timer) -> f64 {
+    (bytes(shape) / timer.copy_rate / 1e3).max(operations(shape) / ARITHMETIC)
+}
 
-    fn bytes(&self) -> f64 {
-        let [rows, inputs, outputs] =
-            [self.shape.rows, self.shape.inputs, self.shape.outputs].map(f64::from);
-        2.0 * (inputs * outputs + rows * (inputs + outputs))
-    }
+fn bytes(shape: &Linear) -> f64 {
+    let [rows, inputs, outputs, w_rows] =
+        [shape.rows, shape.inputs, shape.outputs, shape.w_rows()].map(f64::from);
+    2.0 * (inputs * w_rows + rows * (inputs + outputs))
+}
 
-    fn operations(&self) -> f64 {
-        let [rows, inputs, outputs] =
-            [self.shape.rows, self.shape.inputs, self.shape.outputs].map(f64::from);
-        2.0 * rows * inputs * outputs
-    }
+fn operations(shape: &Linear) -> f64 {
+    2.0 * f64::from(shape.rows) * f64::from(shape.inputs) * f64::from(shape.w_rows())
 }

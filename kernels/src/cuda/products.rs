@@ -103,18 +103,24 @@ impl Products {
     /// # Errors
     /// When the library refuses the shape.
     pub fn ways<T: Real>(&mut self, shape: &Linear) -> Result<Vec<Way>, LaunchError> {
-        let is_plain = !matches!(shape.onto, Onto::Gate(_));
-        let proposals =
-            if is_plain { self.gemm.propose::<T>(shape, PROPOSALS)? } else { Vec::new() };
-        let has_few_rows = is_plain && shape.rows <= few_row::MOST_ROWS;
+        let mut ways = self.own_ways(shape);
+        ways.extend(self.library_ways::<T>(shape)?);
+        Ok(ways)
+    }
+
+    fn own_ways(&self, shape: &Linear) -> Vec<Way> {
+        let has_few_rows = !has_gate(shape) && shape.rows <= few_row::MOST_ROWS;
         let few_row = has_few_rows.then_some(Kind::FewRow);
-        let own = self.split_k.cuts(shape).into_iter().map(Kind::SplitK);
-        Ok(few_row
-            .into_iter()
-            .chain(own)
-            .chain(proposals.into_iter().map(Kind::Library))
-            .map(Way)
-            .collect())
+        let cuts = self.split_k.cuts(shape).into_iter().map(Kind::SplitK);
+        few_row.into_iter().chain(cuts).map(Way).collect()
+    }
+
+    fn library_ways<T: Real>(&mut self, shape: &Linear) -> Result<Vec<Way>, LaunchError> {
+        if has_gate(shape) {
+            return Ok(Vec::new());
+        }
+        let proposals = self.gemm.propose::<T>(shape, PROPOSALS)?;
+        Ok(proposals.into_iter().map(|it| Way(Kind::Library(it))).collect())
     }
 
     /// Times the ways to a shape and keeps the best, unless it is kept already. `x` and `out` as in [`Linear::reference`], `out` is
@@ -134,21 +140,36 @@ impl Products {
         if self.kept_way::<T>(shape)?.is_some() {
             return Ok(());
         }
-        for w in weights {
-            shape.check([x.len(), w.len(), out.len()])?;
-        }
-        let (ours, theirs): (Vec<_>, Vec<_>) =
-            self.ways::<T>(shape)?.into_iter().partition(|way| !way.is_library());
-        let ways = ours.into_iter().take(OURS).chain(theirs);
-        // One that fails is none.
-        let graph = |way| Some((way, self.graph(kernels, (shape, way), (x, weights), out).ok()?));
-        let graphs: Vec<_> = ways.filter_map(graph).collect();
-        let refused = |source| LaunchError::Driver { what: "to time a product", source };
-        let way = fastest(kernels, &graphs).map_err(refused)?;
-        let way = way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))?;
+        let mut ways = self.own_ways(shape);
+        ways.truncate(OURS);
+        ways.extend(self.library_ways::<T>(shape)?);
+        let way = self.fastest(kernels, (shape, &ways), (x, weights), out)?;
         self.kept.ways.insert(name::<T>(shape), way.kept());
         self.chosen.insert((T::NAME, *shape), way);
         Ok(())
+    }
+
+    /// The fastest of some ways to a shape; otherwise as [`Self::tune`].
+    ///
+    /// # Errors
+    /// As [`Self::tune`].
+    pub fn fastest<T: Real>(
+        &mut self,
+        kernels: &Kernels,
+        (shape, ways): (&Linear, &[Way]),
+        (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
+        out: &mut CudaSlice<T>,
+    ) -> Result<Way, LaunchError> {
+        for w in weights {
+            shape.check([x.len(), w.len(), out.len()])?;
+        }
+        // One that fails is none.
+        let graph =
+            |way: &Way| Some((*way, self.graph(kernels, (shape, *way), (x, weights), out).ok()?));
+        let graphs: Vec<_> = ways.iter().filter_map(graph).collect();
+        let refused = |source| LaunchError::Driver { what: "to time a product", source };
+        let way = fastest(kernels, &graphs).map_err(refused)?;
+        way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))
     }
 
     /// Writes what [`Self::tune`] has found to the file, if there is one.
@@ -204,22 +225,26 @@ impl Products {
                 Ok(is_taken.then_some(Way(Kind::Library(algorithm))))
             }
             Some(Kept::Own(name)) => {
-                Ok(self.ways::<T>(shape)?.into_iter().find(|way| way.to_string() == name))
+                Ok(self.own_ways(shape).into_iter().find(|way| way.to_string() == name))
             }
             None => Ok(None),
         }
     }
 
+    /// The library is asked only where none of ours is likely.
     fn likely_way<T: Real>(&mut self, shape: &Linear) -> Result<Way, LaunchError> {
-        let ways = self.ways::<T>(shape)?;
-        let is_likely = |way: &&Way| match way.0 {
-            Kind::FewRow => shape.rows <= FEW_ROWS,
-            Kind::SplitK(_) => shape.rows <= OWN_ROWS,
-            Kind::Library(_) => true,
-        };
-        let way = ways.iter().find(is_likely).or(ways.first()).copied();
+        let own = self.own_ways(shape);
+        let most_rows = |way: &Way| if way.0 == Kind::FewRow { FEW_ROWS } else { OWN_ROWS };
+        if let Some(way) = own.iter().find(|way| shape.rows <= most_rows(way)) {
+            return Ok(*way);
+        }
+        let way = self.library_ways::<T>(shape)?.first().or(own.first()).copied();
         way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))
     }
+}
+
+fn has_gate(shape: &Linear) -> bool {
+    matches!(shape.onto, Onto::Gate(_))
 }
 
 /// In turns, so that a device that slows down as it gets warm slows all of them; the least time of each counts.
@@ -288,7 +313,7 @@ impl Kernels {
         products: &mut Products,
     ) -> Result<(), LaunchError> {
         match way.0 {
-            Kind::FewRow | Kind::Library(_) if matches!(shape.onto, Onto::Gate(_)) => {
+            Kind::FewRow | Kind::Library(_) if has_gate(shape) => {
                 Err(LaunchError::Unsupported(format!("{shape:?} by {way}")))
             }
             Kind::FewRow => self.few_row(shape, given, out, &mut products.few_row),

@@ -7,7 +7,7 @@ use half::bf16;
 use kernels::cuda::{Gate, GateActivation, Kernels, Linear, Onto, Products, Way};
 
 use crate::table::Row;
-use crate::timer::Timer;
+use crate::timer::{Captured, Timer};
 
 /// Layers: 436 MB each, so that nothing is left in the second cache when its turn comes again.
 const LAYERS: usize = 3;
@@ -78,33 +78,44 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
     Ok(rows)
 }
 
-/// Some products by the ways that are chosen, and by the library's fastest.
+/// Some products, one after the other, by the ways that are chosen and by the library's fastest.
 fn both(
     timer: &Timer,
     (layer, products): (&mut [Product], &mut Products),
     rival: Option<f64>,
 ) -> Result<[Row; 2], Box<dyn Error>> {
-    let chosen = layer.iter().map(|it| products.way::<bf16>(&it.shape));
-    let chosen: Vec<_> = chosen.collect::<Result<_, _>>()?;
-    let ours = row(timer, ("linear", &chosen, rival), (layer, products))?;
+    let ours = layer.iter().map(|it| products.way::<bf16>(&it.shape));
+    let ours: Vec<_> = ours.collect::<Result<_, _>>()?;
     let library = layer.iter_mut().map(|it| it.fastest_of_library(timer, products));
     let library: Vec<_> = library.collect::<Result<_, _>>()?;
-    let theirs = row(timer, ("cublaslt", &library, rival), (layer, products))?;
-    Ok([ours, theirs])
+    let graphs =
+        [captured(timer, &ours, (layer, products))?, captured(timer, &library, (layer, products))?];
+    let times = timer.in_turns(graphs.each_ref())?;
+    Ok([
+        row(timer, ("linear", &ours), layer, (times[0], rival)),
+        row(timer, ("cublaslt", &library), layer, (times[1], rival)),
+    ])
 }
 
-/// Times some products, one after the other, by these ways.
-fn row(
+fn captured(
     timer: &Timer,
-    (operation, ways, rival): (&'static str, &[Way], Option<f64>),
+    ways: &[Way],
     (layer, products): (&mut [Product], &mut Products),
-) -> Result<Row, Box<dyn Error>> {
-    let time = timer.time(4 * LAYERS, |index| {
+) -> Result<Captured, Box<dyn Error>> {
+    timer.captured(4 * LAYERS, |index| {
         for (product, way) in layer.iter_mut().zip(ways) {
             product.launch(&timer.kernels, (index, *way), products)?;
         }
         Ok(())
-    })?;
+    })
+}
+
+fn row(
+    timer: &Timer,
+    (operation, ways): (&'static str, &[Way]),
+    layer: &[Product],
+    (time, rival): (f64, Option<f64>),
+) -> Row {
     let bytes: f64 = layer.iter().map(|it| bytes(&it.shape)).sum();
     let operations: f64 = layer.iter().map(|it| operations(&it.shape)).sum();
     let floor = layer.iter().map(|it| floor(&it.shape, timer)).sum();
@@ -115,9 +126,8 @@ fn row(
     };
     let ways: Vec<_> = ways.iter().map(Way::to_string).collect();
     let rates = format!("{:.0} GB/s, {:.0} TFLOP/s", bytes / time / 1e3, operations / time / 1e6);
-    let rival = rival.map(|time| (time, "cuBLAS"));
     let figure = format!("{rates}, {}", ways.join(", "));
-    Ok(Row { operation, shape, time, floor, rival, figure })
+    Row { operation, shape, time, floor, rival: rival.map(|time| (time, "cuBLAS")), figure }
 }
 
 /// The gate in the product's launch, against a launch of its own.
@@ -134,13 +144,14 @@ fn gated(
     let Product { weights, x, out: both, .. } = product;
     let all: Vec<_> = weights.iter().collect();
     products.tune(kernels, &shape, (x, &all), &mut out)?;
-    let apart = timer.time(4 * LAYERS, |index| {
+    let apart = timer.captured(4 * LAYERS, |index| {
         kernels.linear(&plain, (x, &weights[index % LAYERS]), both, products)?;
         Ok(kernels.gate(&gate, both, &mut out)?)
     })?;
-    let time = timer.time(4 * LAYERS, |index| {
+    let together = timer.captured(4 * LAYERS, |index| {
         Ok(kernels.linear(&shape, (x, &weights[index % LAYERS]), &mut out, products)?)
     })?;
+    let [apart, time] = timer.in_turns([&apart, &together])?;
     Ok(Row {
         operation: "linear",
         shape: format!("{} rows, gate and up with SiLU", shape.rows),
@@ -162,12 +173,10 @@ impl Product {
         self.shape.rows = rows;
         self.x = timer.numbers(rows as usize * self.shape.inputs as usize, 5)?;
         self.out = timer.numbers(rows as usize * self.shape.outputs as usize, 6)?;
-        if rows > 1 {
-            let weights: Vec<_> = self.weights.iter().collect();
-            products.tune(&timer.kernels, &self.shape, (&self.x, &weights), &mut self.out)?;
-            // What was added up again and again is no longer of the size of anything.
-            self.out = timer.numbers(self.out.len(), 6)?;
-        }
+        let weights: Vec<_> = self.weights.iter().collect();
+        products.tune(&timer.kernels, &self.shape, (&self.x, &weights), &mut self.out)?;
+        // What was added up again and again is no longer of the size of anything.
+        self.out = timer.numbers(self.out.len(), 6)?;
         Ok(())
     }
 

@@ -3,11 +3,13 @@
 use std::error::Error;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr};
 use half::bf16;
 use kernels::cuda::{Arena, ArenaShape, Kernels};
 
 const REPLAYS: usize = 15;
+/// Replays that do not count.
+const WARM_UP: usize = 3;
 /// Bytes of the copy that says how fast memory is.
 const COPY: usize = 4 << 30;
 
@@ -15,6 +17,23 @@ pub(crate) struct Timer {
     pub(crate) kernels: Kernels,
     /// GB/s, read and written.
     pub(crate) copy_rate: f64,
+}
+
+/// Launches that are replayed together.
+pub(crate) struct Captured {
+    graph: CudaGraph,
+    launches: usize,
+}
+
+impl Captured {
+    /// Microseconds of one launch.
+    fn replay(&self, kernels: &Kernels) -> Result<f64, Box<dyn Error>> {
+        let stream = kernels.stream();
+        let begin = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+        self.graph.launch()?;
+        let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+        Ok(f64::from(begin.elapsed_ms(&end)?) * 1e3 / self.launches as f64)
+    }
 }
 
 impl Timer {
@@ -43,8 +62,18 @@ impl Timer {
     pub(crate) fn time(
         &self,
         launches: usize,
-        mut launch: impl FnMut(usize) -> Result<(), Box<dyn Error>>,
+        launch: impl FnMut(usize) -> Result<(), Box<dyn Error>>,
     ) -> Result<f64, Box<dyn Error>> {
+        let [time] = self.in_turns([&self.captured(launches, launch)?])?;
+        Ok(time)
+    }
+
+    /// Launches in a graph, one of which has run.
+    pub(crate) fn captured(
+        &self,
+        launches: usize,
+        mut launch: impl FnMut(usize) -> Result<(), Box<dyn Error>>,
+    ) -> Result<Captured, Box<dyn Error>> {
         let stream = self.kernels.stream();
         launch(0)?;
         stream.synchronize()?;
@@ -54,18 +83,28 @@ impl Timer {
         }
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
-        let mut times = Vec::new();
-        for replay in 0..REPLAYS + 3 {
-            let begin = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-            graph.launch()?;
-            let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-            let time = f64::from(begin.elapsed_ms(&end)?) * 1e3 / launches as f64;
-            if replay >= 3 {
-                times.push(time);
+        Ok(Captured { graph, launches })
+    }
+
+    /// Microseconds of one launch of each, the median of replays in turns: a device at its limit of power slows down, which would
+    /// speak for who comes first.
+    pub(crate) fn in_turns<const N: usize>(
+        &self,
+        graphs: [&Captured; N],
+    ) -> Result<[f64; N], Box<dyn Error>> {
+        let mut times = [const { Vec::new() }; N];
+        for replay in 0..REPLAYS + WARM_UP {
+            for (captured, times) in graphs.iter().zip(&mut times) {
+                let time = captured.replay(&self.kernels)?;
+                if replay >= WARM_UP {
+                    times.push(time);
+                }
             }
         }
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+        Ok(times.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        }))
     }
 
     /// Random numbers in device memory: a few MiB of them, again and again.

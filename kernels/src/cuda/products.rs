@@ -247,18 +247,23 @@ fn has_gate(shape: &Linear) -> bool {
     matches!(shape.onto, Onto::Gate(_))
 }
 
-/// In turns, so that a device that slows down as it gets warm slows all of them; the least time of each counts.
+/// In turns, so that a device that slows down at its limit of power slows all of them; the median of each counts, since the least
+/// would be of the moment before.
 fn fastest(kernels: &Kernels, graphs: &[(Way, CudaGraph)]) -> Result<Option<Way>, DriverError> {
-    let mut least = vec![f32::INFINITY; graphs.len()];
+    let mut times = vec![Vec::new(); graphs.len()];
     for _ in 0..REPLAYS {
-        for ((way, graph), least) in graphs.iter().zip(&mut least) {
+        for ((_, graph), times) in graphs.iter().zip(&mut times) {
             let begin = event(kernels)?;
             graph.launch()?;
-            let time = begin.elapsed_ms(&event(kernels)?)? / LAUNCHES as f32;
-            *least = least.min(time + if way.is_library() { LIBRARY_EXTRA } else { 0.0 });
+            times.push(begin.elapsed_ms(&event(kernels)?)? / LAUNCHES as f32);
         }
     }
-    let ways = graphs.iter().map(|(way, _)| *way).zip(least);
+    let time = |(way, mut times): (Way, Vec<f32>)| {
+        times.sort_by(f32::total_cmp);
+        let extra = if way.is_library() { LIBRARY_EXTRA } else { 0.0 };
+        (way, times[times.len() / 2] + extra)
+    };
+    let ways = graphs.iter().map(|(way, _)| *way).zip(times).map(time);
     Ok(ways.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(way, _)| way))
 }
 

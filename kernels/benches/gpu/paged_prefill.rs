@@ -4,7 +4,7 @@
 use std::error::Error;
 
 use half::bf16;
-use kernels::cuda::{ArenaShape, PagedPrefill, PrefillInput};
+use kernels::cuda::{ArenaShape, E4m3, KvReal, PagedPrefill, PrefillInput};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -20,6 +20,15 @@ const PEAK: f64 = 790.0;
 /// Sequences, tokens and what FlashAttention 3 reaches on an H200, in TFLOP/s.
 const CASES: [(u32, u32, f64); 3] = [(1, 4096, 546.0), (8, 1024, 392.0), (1, 16_384, 606.0)];
 
+/// What is attended to: whole prompts, in blocks of a size.
+#[derive(Clone, Copy)]
+struct Batch {
+    sequences: u32,
+    tokens: u32,
+    block: u32,
+    is_in_order: bool,
+}
+
 pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
     let mut rows = Vec::new();
     for (sequences, tokens, rival) in CASES {
@@ -27,11 +36,15 @@ pub(crate) fn rows(timer: &Timer) -> Result<Vec<Row>, Box<dyn Error>> {
         // Half of the scores are masked; two products, a multiplication and an addition each.
         let scores = f64::from(sequences) * f64::from(tokens).powi(2) / 2.0;
         let operations = scores * f64::from(HEADS * HEAD_DIM) * 4.0;
-        let time = measure(timer, (sequences, tokens), (BLOCK, false))?;
-        let contiguous = measure(timer, (sequences, tokens), (LARGEST_BLOCK, true))?;
+        let batch = Batch { sequences, tokens, block: BLOCK, is_in_order: false };
+        let time = measure(timer, batch, bf16::from_f32)?;
+        let contiguous = Batch { block: LARGEST_BLOCK, is_in_order: true, ..batch };
+        let contiguous = measure(timer, contiguous, bf16::from_f32)?;
+        let half = measure(timer, batch, E4m3::from_f32)?;
         let rival = (operations / rival / 1e6, "FlashAttention 3");
         rows.push(row(name.clone(), (time, operations), rival));
         rows.push(row(format!("{name}, paged"), (time, operations), (contiguous, "contiguous")));
+        rows.push(row(format!("{name}, e4m3"), (half, operations), (time, "bf16")));
     }
     Ok(rows)
 }
@@ -47,12 +60,13 @@ fn row(shape: String, (time, operations): (f64, f64), rival: (f64, &'static str)
     }
 }
 
-/// Microseconds of a launch, with blocks of this size, in order or not.
-fn measure(
+/// Microseconds of a launch.
+fn measure<KV: KvReal<bf16>>(
     timer: &Timer,
-    (sequences, tokens): (u32, u32),
-    (block, is_in_order): (u32, bool),
+    batch: Batch,
+    stored: fn(f32) -> KV,
 ) -> Result<f64, Box<dyn Error>> {
+    let Batch { sequences, tokens, block, is_in_order } = batch;
     let kernels = &timer.kernels;
     let width = tokens.div_ceil(block);
     let shape = ArenaShape {
@@ -62,7 +76,7 @@ fn measure(
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
     };
-    let arena = timer.arena(shape, bf16::from_f32)?;
+    let arena = timer.arena(shape, stored)?;
     let mut tables: Vec<u32> = (0..shape.blocks).collect();
     if !is_in_order {
         fastrand::Rng::with_seed(3).shuffle(&mut tables);

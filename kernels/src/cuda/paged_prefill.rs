@@ -95,16 +95,7 @@ mod launch {
 
     pub(in crate::cuda) const HOPPER_MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_prefill_90.fatbin")),
-        functions: &[
-            "prefill_90_bf16_64",
-            "prefill_90_bf16_128",
-            "prefill_90_capped_bf16_64",
-            "prefill_90_capped_bf16_128",
-            "prefill_90_f16_64",
-            "prefill_90_f16_128",
-            "prefill_90_capped_f16_64",
-            "prefill_90_capped_f16_128",
-        ],
+        functions: each_kv_dtype!("prefill_90": 64 128 "64_capped" "128_capped"),
         most_shared: 227 << 10,
     };
 
@@ -186,24 +177,25 @@ mod launch {
                 return Err(LaunchError::Unsupported(format!("prefill on blocks of {size}")));
             }
             let bytes = u32::try_from(size_of::<KV>()).unwrap_or(2);
-            let is_hopper = self.is_hopper() && matches!(dims, 64 | 128) && bytes == 2;
-            let (prefix, row) = match (is_hopper, shape.soft_cap) {
-                (false, _) => ("prefill", 0),
-                (true, None) => ("prefill_90", dims * 2),
-                (true, Some(_)) => ("prefill_90_capped", dims * 2),
+            let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
+            let (prefix, suffix) = match (is_hopper, shape.soft_cap) {
+                (false, _) => ("prefill", ""),
+                (true, None) => ("prefill_90", ""),
+                (true, Some(_)) => ("prefill_90", "_capped"),
             };
-            let function = self.kernel(&format!("{prefix}_{}{}_{dims}", T::NAME, KV::SUFFIX))?;
-            // Hopper: two stages of 128 rows of q, K and V, and 8 rows of results for each of 8 warps; else two stages of 64
-            // positions, of 32 where heads are large.
+            let name = format!("{prefix}_{}{}_{dims}{suffix}", T::NAME, KV::SUFFIX);
+            let function = self.kernel(&name)?;
+            // Hopper: two stages of 128 rows of q, K and V, and 8 rows of results for each of 8 warps, all of 16 bits, and a warpgroup
+            // more where K and V are widened; else two stages of 64 positions, of 32 where heads are large.
             let positions = if dims > 128 { 32 } else { 64 };
-            let tiles = if is_hopper {
-                (3 * 2 * 128 + 8 * 8) * row
-            } else {
-                2 * 2 * positions * dims * bytes
+            let (blocks, threads, tiles) = match (is_hopper, bytes) {
+                (false, _) => (2, 128, 2 * 2 * positions * dims * bytes),
+                (true, 1) => (1, 512, (3 * 2 * 128 + 8 * 8) * dims * 2),
+                (true, _) => (1, 384, (3 * 2 * 128 + 8 * 8) * dims * 2),
             };
             let config = LaunchConfig {
-                grid_dim: (self.multiprocessors() * if is_hopper { 1 } else { 2 }, 1, 1),
-                block_dim: (if is_hopper { 384 } else { 128 }, 1, 1),
+                grid_dim: (self.multiprocessors() * blocks, 1, 1),
+                block_dim: (threads, 1, 1),
                 shared_mem_bytes: tiles + 1024 + (shape.sequences + 1) * 4,
             };
             let argument = self.prefill_argument(shape, arena, input);

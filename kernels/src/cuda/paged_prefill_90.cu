@@ -1,7 +1,9 @@
 // Paged prefill attention for sm_90a, after FlashAttention-3 (Shah et al., arXiv 2407.08608): one warp takes work, three ask for
 // queries, K and V, the last two through the block table; two warpgroups have 64 rows each, with the next tile's scores on their way
 // while they work on this one's, over the ends of units too. Blocks of the arena come as they are: they are stored as the matrix
-// instructions want them.
+// instructions want them. Numbers of 8 bits come into the end of a tile and are widened to f16 from its beginning on, by a warp for
+// each stage of K and V.
+#include "fragments.cuh"
 #include "paged_prefill.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -12,6 +14,8 @@ constexpr int POSITIONS = 128;
 constexpr int STAGES = 2;
 constexpr int GROUP_THREADS = 128;
 constexpr int CONSUMERS = 2;
+// Warps that widen: one for each stage of K and V.
+constexpr int WIDENERS = 2 * STAGES;
 constexpr int CONSUMER_WARPS = CONSUMERS * GROUP_THREADS / WARP;
 // What warps ask for, in the order of the warps.
 enum Asked : uint32_t { K, V, Q, ASKED };
@@ -23,6 +27,15 @@ __device__ uint32_t taken;
 __device__ __forceinline__ void arrive_if(bool is_so, uint32_t barrier) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%1];\n}\n"
                  :: "r"(static_cast<int>(is_so)), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_16(uint32_t from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_16(uint32_t to, const uint4& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 __device__ __forceinline__ uint32_t lane_id() {
@@ -56,12 +69,17 @@ struct Work {
     }
 };
 
-template <typename T, int D> struct Memory {
+template <typename KV> constexpr bool IS_WIDENED = sizeof(KV) == 1;
+
+template <typename T, typename KV, int D> struct Memory {
     static constexpr int TILE_BYTES = POSITIONS / ATOM_ROWS * Layout<T, D>::GROUP;
+    // Where what comes from the arena begins in a tile.
+    static constexpr int CAME = TILE_BYTES - POSITIONS / ATOM_ROWS * Layout<KV, D>::GROUP;
     alignas(1024) uint8_t tiles[ASKED][STAGES][TILE_BYTES];
     // 8 rows of results of a warp, on their way out.
     alignas(16) uint8_t results[CONSUMER_WARPS][Layout<T, D>::GROUP];
-    uint64_t full[ASKED][STAGES];
+    // Behind those of ASKED: what has come of K and V and is still to be widened.
+    uint64_t full[ASKED + (IS_WIDENED<KV> ? 2 : 0)][STAGES];
     uint64_t free[ASKED][STAGES];
     // V that has come and is to be cleared in part.
     uint64_t landed;
@@ -72,6 +90,11 @@ template <typename T, int D> struct Memory {
     uint32_t absent[STAGES];
     uint32_t scratch[WARP];
     uint32_t before[1];  // [sequences + 1]
+
+    // The barrier of what comes.
+    __device__ __forceinline__ uint32_t came(Asked which, uint32_t stage) {
+        return shared_address(&full[IS_WIDENED<KV> && which != Q ? ASKED + which : which][stage]);
+    }
 };
 static_assert(ROWS == POSITIONS, "tiles of q are as large as those of K");
 
@@ -87,7 +110,7 @@ struct Stage {
 };
 
 // The warp that takes work when the block needs some, since units differ in what they see.
-template <typename T, int D> __device__ __forceinline__ void take_work(const Prefill& prefill, Memory<T, D>& memory) {
+template <typename T, typename KV, int D> __device__ __forceinline__ void take_work(const Prefill& prefill, Memory<T, KV, D>& memory) {
     uint32_t units = memory.before[prefill.sequences] * prefill.arena.kv_heads, index = blockIdx.x, lane = threadIdx.x % WARP;
     for (uint32_t parity = 1;; parity ^= 1) {
         Work work(prefill, memory.before, index, units);
@@ -104,7 +127,7 @@ template <typename T, int D> __device__ __forceinline__ void take_work(const Pre
     }
 }
 
-template <typename T, int D> __device__ __forceinline__ Work await_work(Memory<T, D>& memory, uint32_t& parity) {
+template <typename T, typename KV, int D> __device__ __forceinline__ Work await_work(Memory<T, KV, D>& memory, uint32_t& parity) {
     barrier_wait(shared_address(&memory.work_full), parity);
     parity ^= 1;
     Work work = *reinterpret_cast<Work*>(memory.work);
@@ -113,12 +136,13 @@ template <typename T, int D> __device__ __forceinline__ Work await_work(Memory<T
 }
 
 // A warp that asks for tiles of one kind.
-template <typename T, int D> struct Producer {
+template <typename T, typename KV, int D> struct Producer {
     using L = Layout<T, D>;
+    using Stored = Layout<KV, D>;
     static constexpr uint32_t CHUNKS = L::ROW / 16;
 
     const Prefill& prefill;
-    Memory<T, D>& memory;
+    Memory<T, KV, D>& memory;
     Asked which;
     const T* queries;
     uint32_t parity = 0, landings = 0;
@@ -145,7 +169,7 @@ template <typename T, int D> struct Producer {
     __device__ __forceinline__ void tell() {
         proxy_fence();
         __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&memory.full[which][stage.index]));
+        if (lane == 0) barrier_arrive(memory.came(which, stage.index));
     }
 
     // Rows that are of nobody are cleared.
@@ -165,8 +189,20 @@ template <typename T, int D> struct Producer {
         }
         commit_copies();
         wait_for_copies<0>();
+        if (IS_WIDENED<KV>) convert_queries(tile);
         tell();
         stage.next();
+    }
+
+    // Makes f16 of the chunks that this lane has copied.
+    __device__ __forceinline__ void convert_queries(uint32_t tile) {
+#pragma unroll 4
+        for (uint32_t step = 0; step < ROWS * CHUNKS / WARP; step++) {
+            uint32_t to = tile + L::chunk((step * WARP + lane) / CHUNKS, lane % CHUNKS);
+            uint4 chunk = load_16(to);
+            using F = Fragments<T, E4m3, D>;
+            store_16(to, {F::query(chunk.x), F::query(chunk.y), F::query(chunk.z), F::query(chunk.w)});
+        }
     }
 
     __device__ __forceinline__ void ask_tiles(const Work& work) {
@@ -188,18 +224,18 @@ template <typename T, int D> struct Producer {
     // A lane for each block.
     __device__ __forceinline__ void ask(const Work& work, int32_t tile, uint32_t id) {
         const KvArena& arena = prefill.arena;
-        uint32_t bytes = arena.block_size / ATOM_ROWS * L::GROUP, there = __ballot_sync(~0u, id < arena.blocks);
+        uint32_t bytes = arena.block_size / ATOM_ROWS * Stored::GROUP, there = __ballot_sync(~0u, id < arena.blocks);
         uint32_t absent = __ballot_sync(~0u, lane < POSITIONS / 8 && (there >> (lane * 8 / arena.block_size) & 1) == 0);
         bool has_gaps = which == V && (absent != 0 || (tile + 1) * POSITIONS > work.rows.context);
-        uint32_t to = shared_address(await_stage());
-        uint32_t barrier = shared_address(has_gaps ? &memory.landed : &memory.full[which][stage.index]);
+        uint32_t to = shared_address(await_stage()) + memory.CAME;
+        uint32_t barrier = has_gaps ? shared_address(&memory.landed) : memory.came(which, stage.index);
         if (lane == 0) {
             if (which == K) memory.absent[stage.index] = absent;
             barrier_expect(barrier, __popc(there) * bytes);
         }
         __syncwarp();
         if (id < arena.blocks) {
-            const uint8_t* from = arena.data + L::head(arena, id, prefill.layer, which, work.unit.head);
+            const uint8_t* from = arena.data + Stored::head(arena, id, prefill.layer, which, work.unit.head);
             bulk_copy<EVICT_NORMAL>(to + lane * bytes, from, bytes, barrier);
         }
         if (has_gaps) clear(work, tile, absent);
@@ -211,22 +247,83 @@ template <typename T, int D> struct Producer {
         barrier_wait(shared_address(&memory.landed), landings++ & 1);
         for (uint32_t row = lane; row < POSITIONS; row += WARP)
             if (tile * POSITIONS + row >= work.rows.context || (absent >> (row / 8) & 1) != 0)
-                for (uint32_t chunk = 0; chunk < CHUNKS; chunk++)
-                    *reinterpret_cast<uint4*>(memory.tiles[V][stage.index] + L::chunk(row, chunk)) = uint4{0, 0, 0, 0};
+                for (uint32_t chunk = 0; chunk < Stored::ROW / 16; chunk++)
+                    *reinterpret_cast<uint4*>(memory.tiles[V][stage.index] + memory.CAME + Stored::chunk(row, chunk)) = uint4{};
         tell();
     }
 };
 
+// A warp that widens every second tile of K or V.
+template <typename T, typename KV, int D> struct Widener {
+    using L = Layout<__half, D>;
+    using Stored = Layout<KV, D>;
+    // 8 rows are so many loads of a warp, 16 bytes a lane; so many groups of them are loaded at once.
+    static constexpr int LOADS = Stored::GROUP / 16 / WARP, GROUPS = 4 / LOADS;
+
+    Memory<T, KV, D>& memory;
+    Asked which;
+    // The stage whose tiles it widens.
+    uint32_t own;
+    uint32_t parity = 0;
+    Stage stage;
+    uint32_t lane = threadIdx.x % WARP;
+    // Eight lanes have four neighbouring chunks of two rows that differ in their lowest and highest bit: no bank twice, neither of what
+    // they load nor of what they store.
+    uint32_t row = lane / 8 ^ (lane / 4 % 2 * 5), chunk = lane % 4;
+
+    __device__ __forceinline__ void run() {
+        while (true) {
+            Work work = await_work(memory, parity);
+            if (work.is_none) return;
+            for (int32_t tile = work.last; tile >= work.first; tile--, stage.next())
+                if (stage.index == own) widen_tile();
+        }
+    }
+
+    // In place: what is stored never reaches what is still to be loaded.
+    __device__ __forceinline__ void widen_tile() {
+        barrier_wait(memory.came(which, own), stage.parity);
+        uint32_t to = shared_address(memory.tiles[which][own]), from = to + memory.CAME;
+#pragma unroll 1
+        for (int group = 0; group < POSITIONS / ATOM_ROWS; group += GROUPS) {
+            uint4 stored[GROUPS][LOADS];
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++)
+#pragma unroll
+                for (int j = 0; j < LOADS; j++) stored[i][j] = load_16(from + i * Stored::GROUP + Stored::chunk(row, chunk + j * 4));
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++)
+#pragma unroll
+                for (int j = 0; j < LOADS; j++) store(to + i * L::GROUP + L::chunk(row, (chunk + j * 4) * 2), stored[i][j]);
+            from += GROUPS * Stored::GROUP;
+            to += GROUPS * L::GROUP;
+        }
+        proxy_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&memory.full[which][own]));
+    }
+
+    // Two chunks of a row, which are a pair wherever they lie.
+    static __device__ __forceinline__ void store(uint32_t to, const uint4& stored) {
+        store_16(to, {widen(stored.x), widen(stored.x >> 16), widen(stored.y), widen(stored.y >> 16)});
+        store_16(to ^ 16, {widen(stored.z), widen(stored.z >> 16), widen(stored.w), widen(stored.w >> 16)});
+    }
+};
+
 // A warpgroup with 64 rows.
-template <typename T, int D, bool CAPPED> struct Consumer {
+template <typename T, typename KV, int D, bool CAPPED> struct Consumer {
     using L = Layout<T, D>;
+    using Stored = Layout<KV, D>;
+    // What is multiplied.
+    using Number = typename Fragments<T, KV, D>::Number;
     static constexpr int SCORES = POSITIONS / 2;
     static constexpr uint32_t CHUNKS = L::ROW / 16;
     // A thread's weights of a row and tile sum up to this at most, so that each is an f16.
     static constexpr float MOST_SUM = 4096;
 
     const Prefill& prefill;
-    Memory<T, D>& memory;
+    Memory<T, KV, D>& memory;
     T* results;
     uint32_t parity;
     // Whose scores are the latest, and what comes after and was before it, whose results may not be written yet.
@@ -244,6 +341,8 @@ template <typename T, int D, bool CAPPED> struct Consumer {
     float most[2], sum[2], done_sum[2], factors[2];
     // Whether `factors` are not 1.
     bool is_rebased;
+    // Of the unit's head.
+    float k_scale = 1;
     Sight sights[2];
     // 0, which the compiler does not know.
     uint32_t nothing = prefill.tokens >> 31;
@@ -294,6 +393,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
             most[half] = -INFINITY;
             sights[half] = sight(prefill, work.rows, row + half * 8);
         }
+        k_scale = Stored::scale(prefill.arena, prefill.layer, K, work.unit.head);
         barrier_wait(full(Q), stages[Q].parity);
     }
 
@@ -325,7 +425,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             uint32_t offset = step / 4 * L::ATOM + step % 4 * 32;
-            multiply_shared<POSITIONS, T>(s, further(q, offset), further(keys, offset), step != 0);
+            multiply_shared<POSITIONS, Number>(s, further(q, offset), further(keys, offset), step != 0);
         }
         products_commit();
     }
@@ -337,7 +437,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
         products_begin();
 #pragma unroll
         for (int step = 0; step < POSITIONS / 16; step++)
-            multiply_registers<D, T>(out, weights[step], further(values, step * 2 * L::GROUP));
+            multiply_registers<D, Number>(out, weights[step], further(values, step * 2 * L::GROUP));
         products_commit();
     }
 
@@ -348,7 +448,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
         if (tile == work.first) release(Q);
         if (CAPPED)
 #pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill.soft_cap, s[i] * prefill.scale);
+            for (int i = 0; i < SCORES; i++) s[i] = capped(prefill.soft_cap, s[i] * (prefill.scale * k_scale));
         int32_t first = tile * POSITIONS;
         bool is_whole = first + POSITIONS <= min(sights[0].to, sights[1].to) && first >= max(sights[0].from, sights[1].from);
         if (absent != 0 || !is_whole) mask(s);
@@ -372,7 +472,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
     // Exponentials are to the base of the largest score so far. One that is far above it shows in the sums, and only then, or where a
     // unit begins, the largest is looked for.
     __device__ __forceinline__ void weigh(const float (&s)[SCORES], bool is_new) {
-        float scale = CAPPED ? 1 : prefill.scale, bases[2] = {most[0] * scale, most[1] * scale}, total[2] = {INFINITY, INFINITY};
+        float scale = CAPPED ? 1 : prefill.scale * k_scale, bases[2] = {most[0] * scale, most[1] * scale}, total[2] = {INFINITY, INFINITY};
         if (!is_new) add_weights(s, scale, bases, total);
         is_rebased = !__all_sync(~0u, total[0] <= MOST_SUM && total[1] <= MOST_SUM);
         if (is_rebased) {
@@ -405,7 +505,7 @@ template <typename T, int D, bool CAPPED> struct Consumer {
         for (int i = 0; i < SCORES; i += 2) {
             float base = bases[i / 2 % 2], low = exp2_fast(fmaf(s[i], scale, -base)), high = exp2_fast(fmaf(s[i + 1], scale, -base));
             total[i / 2 % 2] += low + high;
-            coming[i / 8][i / 2 % 4] = pack<T>(low, high);
+            coming[i / 8][i / 2 % 4] = pack<Number>(low, high);
         }
     }
 
@@ -432,11 +532,12 @@ template <typename T, int D, bool CAPPED> struct Consumer {
         // Read anew, since the compiler would compute the addresses at every tile.
         uint32_t lane = lane_id(), own = of.place(prefill, warp * 16 + lane % 16), left = of.left(prefill);
         uint8_t* rows = memory.results[warp];
+        float v_scale = Stored::scale(prefill.arena, prefill.layer, V, of.unit.head);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             total[half] += __shfl_xor_sync(~0u, total[half], 1);
             total[half] += __shfl_xor_sync(~0u, total[half], 2);
-            float factor = total[half] == 0 ? 0 : __fdividef(1, total[half]);
+            float factor = total[half] == 0 ? 0 : __fdividef(v_scale, total[half]);
 #pragma unroll
             for (int i = 0; i < D / 8; i++)
                 *reinterpret_cast<uint32_t*>(rows + L::chunk(lane / 4, i) + lane % 4 * 4) =
@@ -454,53 +555,60 @@ template <typename T, int D, bool CAPPED> struct Consumer {
     }
 };
 
-template <typename T, int D> __device__ __forceinline__ void make_barriers(Memory<T, D>& memory) {
+template <typename T, typename KV, int D> __device__ __forceinline__ void make_barriers(Memory<T, KV, D>& memory) {
     barrier_init(shared_address(&memory.landed), 1);
     barrier_init(shared_address(&memory.work_full), 1);
-    barrier_init(shared_address(&memory.work_free), (CONSUMER_WARPS + ASKED) * WARP);
+    barrier_init(shared_address(&memory.work_free), (CONSUMER_WARPS + ASKED + (IS_WIDENED<KV> ? WIDENERS : 0)) * WARP);
     for (int which = 0; which < ASKED; which++)
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(shared_address(&memory.full[which][stage]), 1);
             barrier_init(shared_address(&memory.free[which][stage]), CONSUMER_WARPS);
+            if (IS_WIDENED<KV> && which != Q) barrier_init(memory.came(static_cast<Asked>(which), stage), 1);
         }
 }
 
-template <typename T, int D, bool CAPPED>
+template <typename T, typename KV, int D, bool CAPPED>
 __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const T* queries, T* results) {
     extern __shared__ __align__(1024) uint8_t bytes[];
-    auto& memory = *reinterpret_cast<Memory<T, D>*>(bytes);
+    auto& memory = *reinterpret_cast<Memory<T, KV, D>*>(bytes);
     if (threadIdx.x == 0) make_barriers(memory);
     proxy_fence();
     count_tiles<ROWS>(prefill, memory.before, memory.scratch);
-    // The registers of the two kinds together are those that the kernel begins with.
+    // The registers of all kinds together are those that the kernel begins with.
     if (threadIdx.x < GROUP_THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         uint32_t warp = threadIdx.x / WARP;
         if (warp == ASKED) take_work(prefill, memory);
-        else Producer<T, D>{prefill, memory, static_cast<Asked>(warp), queries}.run();
+        else Producer<T, KV, D>{prefill, memory, static_cast<Asked>(warp), queries}.run();
+    } else if (IS_WIDENED<KV> && threadIdx.x >= (1 + CONSUMERS) * GROUP_THREADS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        uint32_t warp = threadIdx.x % GROUP_THREADS / WARP;
+        Widener<T, KV, D>{memory, static_cast<Asked>(warp / STAGES), warp % STAGES}.run();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(IS_WIDENED<KV> ? 216 : 232));
         uint32_t parity = 0;
         Work work = await_work(memory, parity);
-        if (!work.is_none) Consumer<T, D, CAPPED>{prefill, memory, results, parity, work, work, work}.run();
+        if (!work.is_none) Consumer<T, KV, D, CAPPED>{prefill, memory, results, parity, work, work, work}.run();
     }
 }
-#define BODY(T, D, CAPPED) prefill_attention<T, D, CAPPED>(prefill, queries, results)
+#define BODY(T, KV, D, CAPPED) prefill_attention<T, KV, D, CAPPED>(prefill, queries, results)
 #else
 // For other devices there is the portable path.
-#define BODY(T, D, CAPPED)
+#define BODY(T, KV, D, CAPPED)
 #endif
 
-#define PREFILL(name, T, D)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                                                        \
-        prefill_90_##name##_##D(const __grid_constant__ Prefill prefill, const T* queries, T* results) {                        \
-        BODY(T, D, false);                                                                                                      \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                                                        \
-        prefill_90_capped_##name##_##D(const __grid_constant__ Prefill prefill, const T* queries, T* results) {                 \
-        BODY(T, D, true);                                                                                                       \
+#define PREFILL(name, T, KV, D, CAPPED)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(sizeof(KV) == 1 ? 512 : 384, 1)                                                \
+        prefill_90_##name(const __grid_constant__ Prefill prefill, const T* queries, T* results) {                              \
+        BODY(T, KV, D, CAPPED);                                                                                                 \
     }
-#define PREFILLS(name, T) PREFILL(name, T, 64) PREFILL(name, T, 128)
+#define PREFILLS(name, T, KV)                                                                                                   \
+    PREFILL(name##_64, T, KV, 64, false)                                                                                        \
+    PREFILL(name##_128, T, KV, 128, false)                                                                                      \
+    PREFILL(name##_64_capped, T, KV, 64, true)                                                                                  \
+    PREFILL(name##_128_capped, T, KV, 128, true)
 
-PREFILLS(bf16, __nv_bfloat16)
-PREFILLS(f16, __half)
+PREFILLS(bf16, __nv_bfloat16, __nv_bfloat16)
+PREFILLS(bf16_e4m3, __nv_bfloat16, E4m3)
+PREFILLS(f16, __half, __half)
+PREFILLS(f16_e4m3, __half, E4m3)

@@ -24,6 +24,8 @@ struct Decode {
     KvArena arena;
     const uint32_t* tables;   // [sequences][table_width]
     const uint32_t* lengths;  // [sequences], the query's own position included; 0: no sequence
+    const void* queries;      // [sequences][heads][D]
+    void* results;            // as queries
     uint32_t sequences;
     uint32_t table_width;
     uint32_t layer;
@@ -582,8 +584,11 @@ __device__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, S
 }
 
 template <typename T, typename KV, int D, int N, int STAGES>
-__device__ __forceinline__ void decode_attention(const Decode& decode, const T* queries, T* results) {
+__device__ __forceinline__ void decode_attention(const Decode& decode) {
     extern __shared__ __align__(1024) uint8_t memory[];
+    let_next_begin();
+    const T* queries = static_cast<const T*>(decode.queries);
+    T* results = static_cast<T*>(decode.results);
     auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
     Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1, shared.sequences + 2 * decode.sequences + 1};
     uint32_t warp = threadIdx.x / WARP, row = decode.arena.kv_heads * decode.group * D;
@@ -593,6 +598,7 @@ __device__ __forceinline__ void decode_attention(const Decode& decode, const T* 
     proxy_fence();
 #endif
     if (threadIdx.x < 2 * WARPS) shared.owners[threadIdx.x] = NOTHING;
+    wait_for_previous();
     look(decode, all, shared.scratch);
     for (uint32_t s = blockIdx.x; s < decode.sequences; s += gridDim.x)
         if (all.is_empty(s))
@@ -609,9 +615,8 @@ __device__ __forceinline__ void decode_attention(const Decode& decode, const T* 
 }
 
 #define DECODE(name, T, KV, D, N, STAGES)                                                                   \
-    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                                              \
-        decode_##name(const __grid_constant__ Decode decode, const T* queries, T* results) {                \
-        decode_attention<T, KV, D, N, STAGES>(decode, queries, results);                                    \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP) decode_##name(const __grid_constant__ Decode decode) { \
+        decode_attention<T, KV, D, N, STAGES>(decode);                                                      \
     }
 
 // Stages of the largest head; those of 8 bits have as many bytes on their way.

@@ -469,8 +469,10 @@ template <typename T, int D, bool CAPPED>
 __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const T* queries, T* results) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     auto& memory = *reinterpret_cast<Memory<T, D>*>(bytes);
+    let_next_begin();
     if (threadIdx.x == 0) make_barriers(memory);
     proxy_fence();
+    wait_for_previous();
     count_tiles<ROWS>(prefill, memory.before, memory.scratch);
     // The registers of the two kinds together are those that the kernel begins with.
     if (threadIdx.x < GROUP_THREADS) {
@@ -485,7 +487,7 @@ __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const 
         if (!work.is_none) Consumer<T, D, CAPPED>{prefill, memory, results, parity, work, work, work}.run();
     }
 }
-#define BODY(T, D, CAPPED) prefill_attention<T, D, CAPPED>(prefill, queries, results)
+#define BODY(T, D, CAPPED) prefill_attention<T, D, CAPPED>(prefill, static_cast<const T*>(prefill.queries), static_cast<T*>(prefill.results))
 #else
 // For other devices there is the portable path.
 #define BODY(T, D, CAPPED)
@@ -493,11 +495,11 @@ __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const 
 
 #define PREFILL(name, T, D)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                                        \
-        prefill_90_##name##_##D(const __grid_constant__ Prefill prefill, const T* queries, T* results) {                        \
+        prefill_90_##name##_##D(const __grid_constant__ Prefill prefill) {                                                      \
         BODY(T, D, false);                                                                                                      \
     }                                                                                                                           \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                                        \
-        prefill_90_capped_##name##_##D(const __grid_constant__ Prefill prefill, const T* queries, T* results) {                 \
+        prefill_90_capped_##name##_##D(const __grid_constant__ Prefill prefill) {                                               \
         BODY(T, D, true);                                                                                                       \
     }
 #define PREFILLS(name, T) PREFILL(name, T, 64) PREFILL(name, T, 128)

@@ -104,7 +104,8 @@ struct Line {
     uint32_t items;
     uint32_t pieces;
 
-    __device__ __forceinline__ uint32_t begin(uint32_t piece) const { return piece_begin(items, piece, pieces); }
+    __device__ __forceinline__ uint32_t begin(uint32_t piece) const { return Pieces(items, pieces).begin(piece); }
+    __device__ __forceinline__ uint32_t of(uint32_t item) const { return Pieces(items, pieces).of(item); }
     // So that no rows lie across more pieces than parts are put together.
     __device__ __forceinline__ Line(uint32_t items, uint32_t most_tiles) : items(items) {
         uint64_t most = most_tiles == 0 ? 0 : static_cast<uint64_t>(items) * (MOST_PARTS - 2) / most_tiles;
@@ -155,7 +156,7 @@ __device__ __forceinline__ uint32_t part_of(uint32_t piece, bool has_begin) { re
 template <int D, typename TILE>
 __device__ __forceinline__ void write(const TILE& tile, const SharedPrefix& prefix, const Unit& unit, const Line& line, float v_scale) {
     uint32_t begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
-    uint32_t from = piece_of(line.items, unit.first_item, line.pieces), last = piece_of(line.items, unit.first_item + unit.tiles - 1, line.pieces);
+    uint32_t from = line.of(unit.first_item), last = line.of(unit.first_item + unit.tiles - 1);
     bool has_begin = unit.first_item >= begin, is_whole = has_begin && unit.first_item + unit.tiles <= end;
     Part<D>& part = reinterpret_cast<Part<D>*>(prefix.parts)[part_of(blockIdx.x, has_begin)];
 #pragma unroll

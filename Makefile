@@ -79,7 +79,7 @@ test-gpu-build:
 	$(CARGO) test --locked -p kernels --features cuda --lib
 
 test-gpu: cuda-toolchain ## Compare every GPU kernel with its reference (needs an NVIDIA GPU; BINDERY_CASES=N random shapes a test)
-	$(CARGO) test --release --locked -p kernels --features cuda --test parity
+	$(CARGO) test --release --locked -p kernels --features cuda --test parity --test chain
 
 bench-gpu: test-gpu ## That, then every GPU kernel against its floor and its rival; one table, and target/bench-gpu.json
 	$(CARGO) bench --locked -p kernels --features cuda --bench gpu -- --json $(abspath target)/bench-gpu.json

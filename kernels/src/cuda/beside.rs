@@ -1,10 +1,23 @@
-//! Launches that begin while the one before them ends (programmatic dependent launch): their kernels wait for that end by themselves.
+//! The one way of launching: a launch begins when there is room beside the one before it (programmatic dependent launch), so that it
+//! waits neither for that one's last block nor for the device to set it up.
+//!
+//! The rule that kernels keep:
+//! - Every thread of every block waits (`wait_for_previous`) before it touches what a launch may write or may still read, and before
+//!   it returns. The wait is for the end of the one launch before, which has waited in its turn: a kernel that leaves without
+//!   having waited would let what follows run beside what was before.
+//! - Before the wait it reads nothing but its argument and what no launch ever writes: weights, frequencies. Tables, lengths,
+//!   states, K and V are not of these.
+//! - It says `let_next_begin` where measurements say: first, after its wait, or never. The next launch begins once every block has
+//!   said so or ended: until then it takes no block's place.
+//! - What it keeps for the next launch, such as counters that are 0 again, is safe: that one looks after its wait.
+//!
+//! Copies and clears are waited for in full, and wait in full, as ever. All this holds in graphs, too.
 
 use std::ffi::c_void;
 use std::ptr::{from_ref, null_mut};
 
 use cudarc::driver::sys::{
-    CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
     CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, cuLaunchKernelEx,
     cuOccupancyMaxActiveClusters,
 };
@@ -14,6 +27,9 @@ use super::Kernels;
 
 /// The first virtual architecture with an instruction that waits for the launch before.
 const WAITS: i32 = 90;
+
+/// Shared memory of a multiprocessor that has such launches.
+const SHARED: u32 = 228 << 10;
 
 /// When a launch may begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,24 +43,37 @@ pub(super) enum Begins {
 impl Begins {
     /// Machine code for devices without such launches, or made of PTX for the oldest, has no instruction that waits.
     pub(super) fn of(function: &CudaFunction) -> Result<Self, DriverError> {
-        let version =
-            function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
-        Ok(if version >= WAITS { Self::Beside } else { Self::After })
+        Ok(if function.ptx_version()? >= WAITS { Self::Beside } else { Self::After })
     }
 }
 
 /// The shape of a launch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grid {
-    pub(super) blocks: u32,
-    /// Blocks of a cluster; 1 where there are none. Those of a cluster begin beside what is before them.
+    /// In x and y.
+    pub(super) blocks: [u32; 2],
+    /// Blocks of a cluster, in x; 1 where there are none. Only devices that have them are asked for more.
     pub(super) cluster: u32,
     pub(super) threads: u32,
     pub(super) shared_bytes: u32,
-    pub(super) begins: Begins,
 }
 
 impl Grid {
+    /// Without clusters and without shared memory that is asked for.
+    pub(super) fn of(blocks: [u32; 2], threads: u32) -> Self {
+        Self { blocks, cluster: 1, threads, shared_bytes: 0 }
+    }
+
+    /// At most so many blocks on a multiprocessor: those that begin beside others take what places there are, and would crowd on some
+    /// multiprocessors while others have none.
+    pub(super) fn spread(self, kernels: &Kernels, at_most: u32) -> Self {
+        let least = match kernels.begins() {
+            Begins::After => 0,
+            Begins::Beside => SHARED / (at_most + 1),
+        };
+        Self { shared_bytes: self.shared_bytes.max(least), ..self }
+    }
+
     /// How many of its clusters run at once.
     pub(super) fn clusters_at_once(
         self,
@@ -62,8 +91,7 @@ impl Grid {
     /// Queues a kernel of one argument.
     ///
     /// # Safety
-    /// The argument is, field by field, that of the kernel, which stays within what it names and touches nothing that the launch
-    /// before it may write until it has waited for its end.
+    /// The argument is, field by field, that of the kernel, which stays within what it names and keeps the rule above.
     pub(super) unsafe fn queue<A>(
         self,
         kernels: &Kernels,
@@ -95,13 +123,13 @@ impl Grid {
                 value: CUlaunchAttributeValue { clusterDim: cluster },
             },
         ];
-        let count = match self.begins {
+        let count = match kernels.begins() {
             Begins::After => 0,
             Begins::Beside => 1 + u32::from(self.cluster > 1),
         };
         let config = CUlaunchConfig {
-            gridDimX: self.blocks,
-            gridDimY: 1,
+            gridDimX: self.blocks[0],
+            gridDimY: self.blocks[1],
             gridDimZ: 1,
             blockDimX: self.threads,
             blockDimY: 1,

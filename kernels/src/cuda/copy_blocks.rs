@@ -20,8 +20,9 @@ pub fn copy_blocks_reference<T: Copy>(arena: &mut [T], block_len: usize, pairs: 
 mod launch {
     use std::ops::Range;
 
-    use cudarc::driver::{CudaSlice, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, PinnedHostSlice};
 
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{THREADS, at_least, below, launched};
     use crate::cuda::{Arena, Kernels, LaunchError};
@@ -42,6 +43,16 @@ mod launch {
     pub struct BlockPairs<'a> {
         pub pairs: &'a CudaSlice<u32>,
         pub count: u32,
+    }
+
+    /// The kernel's argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Argument {
+        arena: u64,
+        pairs: u64,
+        blocks: u32,
+        width: u32,
     }
 
     impl<T: DeviceRepr> Arena<T> {
@@ -74,16 +85,16 @@ mod launch {
             }
             let width = u32::try_from(arena.block_len() * size_of::<T>() / 16)
                 .map_err(|_| LaunchError::Unsupported("blocks of 64 GiB".to_owned()))?;
-            let config = LaunchConfig {
-                grid_dim: (width.div_ceil(THREADS * PIECES), pairs.count, 1),
-                block_dim: (THREADS, 1, 1),
-                shared_mem_bytes: 0,
+            let argument = Argument {
+                arena: arena.values.device_ptr_mut(self.stream()).0,
+                pairs: pairs.pairs.device_ptr(self.stream()).0,
+                blocks: arena.shape.blocks,
+                width,
             };
-            let (blocks, function) = (arena.shape.blocks, self.kernel("copy_blocks")?);
-            let mut launch = self.stream().launch_builder(function);
-            launch.arg(&mut arena.values).arg(pairs.pairs).arg(&blocks).arg(&width);
-            // SAFETY: arguments match `copy_blocks` in copy_blocks.cu, which bounds both blocks of a pair.
-            launched("copy_blocks", unsafe { launch.launch(config) })
+            let grid = Grid::of([width.div_ceil(THREADS * PIECES), pairs.count], THREADS);
+            let function = self.kernel("copy_blocks")?;
+            // SAFETY: the argument is that of `copy_blocks` in copy_blocks.cu, which bounds both blocks of a pair and waits first.
+            launched("copy_blocks", unsafe { grid.queue(self, function, &argument) })
         }
 
         /// Queues the copy of a block to pinned memory of the host, which must stay until the stream has come that far.

@@ -11,6 +11,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use super::DeviceError;
+use super::beside::Begins;
 
 /// The driver's version that kernels were built for.
 const CUDA: (i32, i32) = (13, 0);
@@ -49,8 +50,8 @@ pub struct Kernels {
     stream: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     multiprocessors: u32,
-    /// Whether the kernels with Hopper's own instructions are there: the device is one, and this was built for it.
-    is_hopper: bool,
+    /// Of every launch: all modules are built for the same devices.
+    begins: Begins,
 }
 
 impl Kernels {
@@ -72,9 +73,9 @@ impl Kernels {
         for module in MODULES {
             load(&context, (module, most), &mut functions).map_err(driver("load a kernel"))?;
         }
-        let built_for = functions.get(super::paged_prefill::HOPPER_MODULE.functions[0]);
-        let is_hopper = built_for.is_some_and(|it| it.ptx_version().is_ok_and(|it| it >= 90));
-        Ok(Self { context, stream, functions, multiprocessors: count.unsigned_abs(), is_hopper })
+        let begins = Begins::of(&functions[MODULES[0].functions[0]]);
+        let begins = begins.map_err(driver("ask what a kernel was built for"))?;
+        Ok(Self { context, stream, functions, multiprocessors: count.unsigned_abs(), begins })
     }
 
     /// The stream.
@@ -92,8 +93,13 @@ impl Kernels {
         self.multiprocessors
     }
 
+    /// Whether the kernels with Hopper's own instructions are there: the device is one, and this was built for it.
     pub(super) fn is_hopper(&self) -> bool {
-        self.is_hopper
+        self.begins == Begins::Beside
+    }
+
+    pub(super) fn begins(&self) -> Begins {
+        self.begins
     }
 
     /// Takes device memory; its contents are undefined.

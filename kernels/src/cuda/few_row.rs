@@ -3,7 +3,7 @@
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
-use super::beside::{Begins, Grid};
+use super::beside::Grid;
 use super::device::{Module, driver};
 use super::launch::{at_least, launched, len};
 use super::{DeviceError, Kernels, LaunchError, Linear, Onto, Real};
@@ -48,7 +48,6 @@ pub(super) struct FewRowScratch {
     arrived: CudaSlice<u32>,
     /// Bytes of shared memory that a block may have.
     most_shared: u32,
-    begins: Begins,
 }
 
 impl FewRowScratch {
@@ -75,21 +74,10 @@ impl FewRowScratch {
         kernels.stream().memset_zeros(&mut arrived).map_err(driver("clear memory"))?;
         // Otherwise the driver may leave room for one block alone, and the next launch could not begin beside this one.
         let carveout = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-        let mut begins = Begins::Beside;
         for function in NAMES.iter().filter_map(|name| kernels.function(name)) {
             function.set_attribute(carveout, 100).map_err(driver("prefer shared memory"))?;
-            if Begins::of(function).map_err(driver("ask what a kernel was built for"))?
-                == Begins::After
-            {
-                begins = Begins::After;
-            }
         }
-        Ok(Self {
-            parts: kernels.memory(parts.unwrap_or(0).max(1))?,
-            arrived,
-            most_shared: most,
-            begins,
-        })
+        Ok(Self { parts: kernels.memory(parts.unwrap_or(0).max(1))?, arrived, most_shared: most })
     }
 }
 
@@ -212,13 +200,7 @@ impl Kernels {
         };
         let function =
             self.kernel(&format!("few_row_{}_{}_{}", T::NAME, Cut::columns(shape), cut.stages))?;
-        let grid = Grid {
-            blocks: cut.blocks,
-            cluster: 1,
-            threads: THREADS,
-            shared_bytes: cut.shared_bytes,
-            begins: scratch.begins,
-        };
+        let grid = Grid { shared_bytes: cut.shared_bytes, ..Grid::of([cut.blocks, 1], THREADS) };
         // SAFETY: the argument is that of `few_row_*` in few_row.cu, which stays within the lengths that are checked above and
         // touches nothing but weights before it has waited.
         launched("few_row", unsafe { grid.queue(self, function, &argument) })

@@ -47,9 +47,10 @@ pub(super) use launch::MODULE;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, LaunchConfig, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use super::{Gate, GateActivation};
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{EIGHT, THREADS, launched, len, same, whole_eights};
     use crate::cuda::{Kernels, LaunchError, Real};
@@ -62,6 +63,16 @@ mod launch {
 
     /// Blocks a grid has in its second dimension at most.
     const MOST_ROWS: u32 = 65_535;
+
+    /// The kernels' argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Argument {
+        x: u64,
+        out: u64,
+        rows: u32,
+        width: u32,
+    }
 
     impl Kernels {
         /// Queues the gate. Shapes as in [`Gate::reference`].
@@ -86,15 +97,11 @@ mod launch {
             };
             let function = self.kernel(&format!("{word}_mul_{}", T::NAME))?;
             let width = shape.width / EIGHT;
-            let config = LaunchConfig {
-                grid_dim: (width.div_ceil(THREADS), shape.rows.min(MOST_ROWS), 1),
-                block_dim: (THREADS, 1, 1),
-                shared_mem_bytes: 0,
-            };
-            let mut launch = self.stream().launch_builder(function);
-            launch.arg(x).arg(out).arg(&shape.rows).arg(&width);
-            // SAFETY: arguments match `*_mul_*` in gate.cu, which stays within the lengths checked above.
-            launched("gate", unsafe { launch.launch(config) })
+            let grid = Grid::of([width.div_ceil(THREADS), shape.rows.min(MOST_ROWS)], THREADS);
+            let (x, out) = (x.device_ptr(self.stream()).0, out.device_ptr_mut(self.stream()).0);
+            let argument = Argument { x, out, rows: shape.rows, width };
+            // SAFETY: the argument is that of `*_mul_*` in gate.cu, which stays within the lengths checked above and waits first.
+            launched("gate", unsafe { grid.queue(self, function, &argument) })
         }
     }
 }

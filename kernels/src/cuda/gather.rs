@@ -28,9 +28,10 @@ pub(super) use launch::MODULE;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, LaunchConfig, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use super::Gather;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{EIGHT, launched, len, same, whole_eights};
     use crate::cuda::{Kernels, LaunchError, Real};
@@ -44,6 +45,17 @@ mod launch {
     /// Threads of a block, and 16-byte pieces that each has on their way, as in the kernel.
     const THREADS: u32 = 128;
     const PIECES: u32 = 4;
+
+    /// The kernel's argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Argument {
+        table: u64,
+        ids: u64,
+        out: u64,
+        table_rows: u32,
+        width: u32,
+    }
 
     impl Kernels {
         /// Queues the gathering. Shapes as in [`Gather::reference`].
@@ -63,16 +75,19 @@ mod launch {
             if shape.rows == 0 {
                 return Ok(());
             }
-            let width = shape.width / EIGHT;
-            let config = LaunchConfig {
-                grid_dim: (shape.rows, width.div_ceil(THREADS * PIECES), 1),
-                block_dim: (THREADS, 1, 1),
-                shared_mem_bytes: 0,
+            let (stream, width) = (self.stream(), shape.width / EIGHT);
+            let argument = Argument {
+                table: table.device_ptr(stream).0,
+                ids: ids.device_ptr(stream).0,
+                out: out.device_ptr_mut(stream).0,
+                table_rows: shape.table_rows,
+                width,
             };
-            let mut launch = self.stream().launch_builder(self.kernel("gather")?);
-            launch.arg(table).arg(ids).arg(out).arg(&shape.table_rows).arg(&width);
-            // SAFETY: arguments match `gather` in gather.cu, which bounds ids and stays within the lengths checked above.
-            launched("gather", unsafe { launch.launch(config) })
+            let grid = Grid::of([shape.rows, width.div_ceil(THREADS * PIECES)], THREADS);
+            let function = self.kernel("gather")?;
+            // SAFETY: the argument is that of `gather` in gather.cu, which bounds ids, stays within the lengths checked above and
+            // waits first.
+            launched("gather", unsafe { grid.queue(self, function, &argument) })
         }
     }
 }

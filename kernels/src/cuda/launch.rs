@@ -1,6 +1,6 @@
-//! What every launch needs: checks of lengths, the kernel by its name, a grid.
+//! What every launch needs: checks of lengths, the kernel by its name.
 
-use cudarc::driver::{CudaFunction, DriverError, LaunchConfig};
+use cudarc::driver::{CudaFunction, DriverError};
 
 use super::{Kernels, LaunchError};
 use crate::cpu::KernelError;
@@ -50,11 +50,6 @@ pub(super) fn whole_eights(what: &'static str, width: u32) -> Result<(), LaunchE
         return Ok(());
     }
     Err(LaunchError::Unsupported(format!("{what} {width}: a multiple of {EIGHT} is wanted")))
-}
-
-/// A grid of `blocks` blocks.
-pub(super) fn grid(blocks: u32, threads: u32) -> LaunchConfig {
-    LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }
 }
 
 /// What the driver said of a launch.

@@ -24,6 +24,8 @@ struct Decode {
     KvArena arena;
     const uint32_t* tables;   // [sequences][table_width]
     const uint32_t* lengths;  // [sequences], the query's own position included; 0: no sequence
+    const void* queries;      // [sequences][heads][D]
+    void* results;            // as queries
     uint32_t sequences;
     uint32_t table_width;
     uint32_t layer;
@@ -51,12 +53,13 @@ struct Sequences {
 // Reads the lengths. All threads of the block take part.
 __device__ void look(const Decode& decode, Sequences all, uint32_t* scratch) {
     uint32_t most = decode.table_width * decode.arena.block_size;
-    for (uint32_t s = threadIdx.x; s < decode.sequences; s += blockDim.x) {
+    Counted mine(decode.sequences);
+#pragma unroll 1
+    for (uint32_t s = mine.from; s < mine.to; s++) {
         uint32_t length = min(decode.lengths[s], most), shared = decode.prefix.lengths == nullptr ? 0 : decode.prefix.lengths[s];
         all.lengths[s] = length;
         all.firsts[s] = max(Sight::up_to(length, decode.window).from, min(shared, length));
     }
-    __syncthreads();
     sum_before(decode.sequences, all.before, scratch, [&](uint32_t s) { return all.tiles(s); });
 }
 
@@ -129,7 +132,8 @@ template <typename KV, int D, int N, int STAGES> struct Shared {
     uint32_t owners[2 * WARPS];
     uint64_t barriers[WARPS][STAGES];
     uint32_t scratch[WARPS];
-    uint32_t is_last;
+    // Owners that reach beyond the block, at its begin and at its end; then those of which this block is the last.
+    uint32_t crossing[2];
     uint32_t sequences[1];  // before, lengths and firsts
 };
 
@@ -169,6 +173,8 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
     Blocks blocks;
     // Two bits a stage: rows 0 to 7 or 8 to 15 are of no block.
     uint32_t absent = 0;
+    // Blocks have a power of two of positions.
+    uint32_t block_shift = __ffs(decode.arena.block_size) - 1;
     float k_scale, v_scale;
     uint32_t q[N][STEPS][2];
     float out[N][STEPS][4];
@@ -192,10 +198,10 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
 #pragma unroll
         for (uint32_t piece = 0; piece < 2; piece++) {
             if (piece * rows >= TILE) break;
-            uint32_t at = position + piece * rows, id = blocks.at(decode, place.sequence, at / arena.block_size);
+            uint32_t at = position + piece * rows, id = blocks.at(decode, place.sequence, at >> block_shift);
             if (id == NOTHING) absent |= (rows == TILE ? 3u : 1u << piece) << (2 * stage);
             else {
-                from[piece] = arena.data + L::head(arena, id, decode.layer, 0, place.head) + at % arena.block_size / ATOM_ROWS * L::GROUP;
+                from[piece] = arena.data + L::head(arena, id, decode.layer, 0, place.head) + at % (1u << block_shift) / ATOM_ROWS * L::GROUP;
                 expected += 2 * bytes;
             }
         }
@@ -378,21 +384,10 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
                 for (int step = 4; step < WARP; step *= 2) sum[n][i] += __shfl_xor_sync(~0u, sum[n][i], step);
     }
 
-    // For each value of this lane: head, dimension, value, maximum and sum of its head.
-    template <typename G> __device__ __forceinline__ void each(G f) {
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int step = 0; step < STEPS; step++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    uint32_t head = n * HEADS + lane % 4 * 2 + i % 2;
-                    f(head, F::v_dim(step, i / 2, lane / 4), out[n][step][i] * v_scale, most[n][i % 2], sum[n][i % 2]);
-                }
-    }
-
-    // Makes the results whole with what the sequence shares.
-    __device__ __forceinline__ void add_shared(const Place& place) {
+    // Writes results, whole with what the sequence shares.
+    __device__ __forceinline__ void write(T* results, const Place& place) {
+        uint32_t heads = decode.arena.kv_heads * decode.group;
+        T* rows = results + (static_cast<size_t>(place.sequence) * heads + place.head * decode.group) * D;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
@@ -404,52 +399,54 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
                 for (int step = 0; step < STEPS; step++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        float& value = out[n][step][half * 2 + i];
-                        value = whole.of(value * v_scale, F::v_dim(step, half, lane / 4));
+                        uint32_t dim = F::v_dim(step, half, lane / 4);
+                        rows[head * D + dim] = from_float<T>(whole.of(out[n][step][half * 2 + i] * v_scale, dim));
                     }
-                sum[n][i] = 1;
             }
-        v_scale = 1;
-    }
-
-    __device__ __forceinline__ void write(T* results, const Place& place) {
-        uint32_t heads = decode.arena.kv_heads * decode.group;
-        T* rows = results + (static_cast<size_t>(place.sequence) * heads + place.head * decode.group) * D;
-        if (decode.prefix.lengths != nullptr) add_shared(place);
-        each([&](uint32_t head, uint32_t dim, float value, float, float sum) {
-            if (head < decode.group) rows[head * D + dim] = from_float<T>(sum == 0 ? 0 : value / sum);
-        });
     }
 
     __device__ __forceinline__ void keep(uint32_t slot, const Place& place) {
         Part<D, N * HEADS>& part = shared.parts[slot];
-        each([&](uint32_t head, uint32_t dim, float value, float most, float sum) {
-            part.values[head][dim] = value;
-            part.most[head] = most;
-            part.sum[head] = sum;
-        });
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t head = n * HEADS + lane % 4 * 2 + i;
+                part.most[head] = most[n][i];
+                part.sum[head] = sum[n][i];
+#pragma unroll
+                for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        part.values[head][F::v_dim(step, half, lane / 4)] = out[n][step][half * 2 + i] * v_scale;
+            }
         if (lane == 0) shared.owners[slot] = place.sequence * decode.arena.kv_heads + place.head;
     }
 
-    // Goes along the items from `begin_item` to `end`.
+    // Goes along the items from `begin_item` to `end`, which are asked for STAGES before they are attended to. There is one place
+    // for either: code that runs but a few times takes as long to fetch as to run.
     __device__ __forceinline__ void run(const T* queries, T* results, uint32_t begin_item, uint32_t end) {
         if (begin_item == end) return;
         Place asked, place;
         asked.enter(decode, all, begin_item);
         place = asked;
-#pragma unroll
-        for (int stage = 0; stage < STAGES; stage++) ask_if(begin_item + stage < end, asked, stage);
-        uint32_t stage = 0, parity = 0;
-        for (uint32_t item = begin_item; item < end; item++) {
-            if (item == begin_item || place.tile == 0) begin(queries, place);
-            await(stage, parity);
-            attend(place, stage);
-            __syncwarp();
-            ask_if(item + STAGES < end, asked, stage);
+        uint32_t stage = 0, parity = 1;
+#pragma unroll 1
+        for (uint32_t asking = begin_item; asking < end + STAGES; asking++) {
+            uint32_t item = asking - STAGES;
+            bool is_there = asking >= begin_item + STAGES;
+            if (is_there) {
+                if (item == begin_item || place.tile == 0) begin(queries, place);
+                await(stage, parity);
+                attend(place, stage);
+                __syncwarp();
+            }
+            ask_if(asking < end, asked, stage);
             if (++stage == STAGES) {
                 stage = 0;
                 parity ^= 1;
             }
+            if (!is_there) continue;
             bool is_over = place.tile + 1 == place.tiles, has_begun = item - begin_item >= place.tile;
             if (is_over || item + 1 == end) {
                 close();
@@ -471,119 +468,161 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
     }
 };
 
-// Puts `count` parts of a (sequence, KV head) together. All threads of the block take part; `each` gets row, dimension, value,
-// maximum and sum; `load` reads what is at an address. `factors` is room for (count + 2) rows of numbers.
-template <int D, typename P, typename L, typename F>
-__device__ __forceinline__ void together(uint32_t rows, uint32_t count, float* factors, P part, L load, F each) {
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float* mosts = factors + count * rows;
-    float* sums = mosts + rows;
-    for (uint32_t row = warp; row < rows; row += WARPS) {
-        float most = -INFINITY, sum = 0;
-        for (uint32_t i = lane; i < count; i += WARP) most = fmaxf(most, load(&part(i)->most[row]));
+// A row as its parts are put together, by one warp: a lane has four values of each 128.
+template <int D> struct Row {
+    static constexpr int FOURS = (D + 127) / 128;
+    float4 values[FOURS] = {};
+    float most = -INFINITY;
+    float sum = 0;
+
+    static __device__ __forceinline__ uint32_t dim(int four) { return four * 128 + threadIdx.x % WARP * 4; }
+
+    // Adds those of BATCH parts whose bits are set. `load` reads what is at an address; all of it is on its way at once.
+    template <int BATCH, typename P, typename L> __device__ __forceinline__ void add(uint32_t there, uint32_t row, P part, L load) {
+        uint32_t lane = threadIdx.x % WARP;
+        bool is_there = there >> lane & 1;
+        float own_most = is_there ? load(&part(lane)->most[row]) : -INFINITY, own_sum = is_there ? load(&part(lane)->sum[row]) : 0;
+        float4 read[BATCH][FOURS];
 #pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-        for (uint32_t i = lane; i < count; i += WARP) {
-            float factor = most == -INFINITY ? 0 : exp2_fast(load(&part(i)->most[row]) - most);
-            factors[i * rows + row] = factor;
-            sum += factor * load(&part(i)->sum[row]);
+        for (int i = 0; i < BATCH; i++)
+#pragma unroll
+            for (int four = 0; four < FOURS; four++) {
+                bool is_read = (there >> i & 1) && dim(four) < D;
+                read[i][four] = is_read ? load(reinterpret_cast<const float4*>(&part(i)->values[row][dim(four)])) : float4{0, 0, 0, 0};
+            }
+        float factor = rebase(own_most, own_sum);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            float of_part = __shfl_sync(~0u, factor, i);
+#pragma unroll
+            for (int four = 0; four < FOURS; four++) {
+                values[four].x += of_part * read[i][four].x;
+                values[four].y += of_part * read[i][four].y;
+                values[four].z += of_part * read[i][four].z;
+                values[four].w += of_part * read[i][four].w;
+            }
         }
+    }
+
+    // Takes the maximum and sum of each lane's part in; what that part is to be multiplied by.
+    __device__ __forceinline__ float rebase(float own_most, float own_sum) {
+        float top = fmaxf(most, own_most);
 #pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (lane == 0) {
-            mosts[row] = most;
-            sums[row] = sum;
+        for (int step = WARP / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        float base = top == -INFINITY ? 0 : top, factor = exp2_fast(own_most - base), before = exp2_fast(most - base);
+        float added = factor * own_sum;
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) added += __shfl_xor_sync(~0u, added, step);
+        most = top;
+        sum = sum * before + added;
+#pragma unroll
+        for (float4& value : values) value = {value.x * before, value.y * before, value.z * before, value.w * before};
+        return factor;
+    }
+
+    template <int ROWS> __device__ __forceinline__ void keep(Part<D, ROWS>& part, uint32_t row) const {
+#pragma unroll
+        for (int four = 0; four < FOURS; four++)
+            if (dim(four) < D) *reinterpret_cast<float4*>(&part.values[row][dim(four)]) = values[four];
+        if (threadIdx.x % WARP > 0) return;
+        part.most[row] = most;
+        part.sum[row] = sum;
+    }
+    // `head`: among all query heads.
+    template <typename T> __device__ __forceinline__ void write(const Decode& decode, T* results, uint32_t sequence, uint32_t head) const {
+        Whole<D> whole(decode, sequence, head, most, sum);
+        T* row = results + (static_cast<size_t>(sequence) * decode.arena.kv_heads * decode.group + head) * D;
+#pragma unroll
+        for (int four = 0; four < FOURS; four++) {
+            uint32_t at = dim(four);
+            if (at >= D) continue;
+            float4 value = {whole.of(values[four].x, at), whole.of(values[four].y, at + 1), whole.of(values[four].z, at + 2), whole.of(values[four].w, at + 3)};
+            *reinterpret_cast<uint2*>(row + at) = {pack<T>(value.x, value.y), pack<T>(value.z, value.w)};
+        }
+    }
+};
+
+// Where the tiles of a (sequence, KV head) are on the line.
+struct Owner {
+    uint32_t sequence;
+    uint32_t head;
+    uint32_t first;
+    uint32_t last;
+
+    __device__ __forceinline__ Owner(Sequences all, uint32_t kv_heads, uint32_t index) : sequence(index / kv_heads), head(index % kv_heads) {
+        uint32_t tiles = all.before[sequence + 1] - all.before[sequence];
+        first = all.before[sequence] * kv_heads + head * tiles;
+        last = first + tiles - 1;
+    }
+};
+
+// Counts this block among those that have left their part of something; what was there before.
+__device__ __forceinline__ uint32_t arrive(uint32_t* count) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(__cvta_generic_to_global(count)) : "memory");
+    return before;
+}
+
+// The parts of a block's warps, put together a warp a row; what reaches beyond the block goes to memory, and who comes last puts it
+// together.
+template <typename T, typename KV, int D, int N, int STAGES>
+__device__ __forceinline__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, Sequences all, T* results, const Pieces& pieces) {
+    using P = Part<D, N * HEADS>;
+    // Parts that are asked for at once.
+    constexpr int BATCH = D > 128 ? 8 : 16;
+    uint32_t kv_heads = decode.arena.kv_heads, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    uint32_t begin = pieces.begin(blockIdx.x), end = pieces.begin(blockIdx.x + 1);
+    P* parts = reinterpret_cast<P*>(decode.parts);
+    uint32_t index = lane < 2 * WARPS ? shared.owners[lane] : NOTHING;
+    for (uint32_t left = __ballot_sync(~0u, index != NOTHING); left != 0;) {
+        uint32_t one = __shfl_sync(~0u, index, __ffs(left) - 1), members = __ballot_sync(~0u, index == one);
+        left &= ~members;
+        Owner owner(all, kv_heads, one);
+        bool has_begin = owner.first >= begin, is_whole = has_begin && owner.last < end;
+        for (uint32_t row = warp; row < decode.group; row += WARPS) {
+            Row<D> whole;
+            whole.template add<2 * WARPS>(members, row, [&](uint32_t i) { return &shared.parts[i]; }, [](const auto* at) { return *at; });
+            if (is_whole) whole.write(decode, results, owner.sequence, owner.head * decode.group + row);
+            else whole.keep(parts[2 * blockIdx.x + has_begin], row);
+        }
+        if (!is_whole && threadIdx.x == 0) shared.crossing[has_begin] = one;
+    }
+    __syncthreads();
+    if (threadIdx.x < 2) {
+        uint32_t one = shared.crossing[threadIdx.x];
+        if (one != NOTHING) {
+            Owner owner(all, kv_heads, one);
+            uint32_t others = pieces.of(owner.last) - pieces.of(owner.first);
+            // For the next launch it is 0 again.
+            if (arrive(&decode.arrived[one]) == others) decode.arrived[one] = 0;
+            else shared.crossing[threadIdx.x] = NOTHING;
         }
     }
     __syncthreads();
-    for (uint32_t at = threadIdx.x * 4; at < rows * D; at += blockDim.x * 4) {
-        uint32_t row = at / D, dim = at % D;
-        float4 total = {0, 0, 0, 0};
-#pragma unroll 8
-        for (uint32_t i = 0; i < count; i++) {
-            float factor = factors[i * rows + row];
-            float4 value = load(reinterpret_cast<const float4*>(&part(i)->values[row][dim]));
-            total.x += factor * value.x;
-            total.y += factor * value.y;
-            total.z += factor * value.z;
-            total.w += factor * value.w;
-        }
-        each(row, dim, total, mosts[row], sums[row]);
-    }
-}
-
-template <typename T, int D> __device__ __forceinline__ void store_four(T* row, uint32_t dim, float4 values, const Whole<D>& whole) {
-    uint32_t low = pack<T>(whole.of(values.x, dim), whole.of(values.y, dim + 1)), high = pack<T>(whole.of(values.z, dim + 2), whole.of(values.w, dim + 3));
-    *reinterpret_cast<uint2*>(row + dim) = {low, high};
-}
-
-// The parts of a block's warps, one (sequence, KV head) after the other; what reaches beyond the block goes to memory, and who
-// comes last puts it together.
-template <typename T, typename KV, int D, int N, int STAGES>
-__device__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, Sequences all, T* results, uint32_t items, uint32_t pieces) {
-    using P = Part<D, N * HEADS>;
-    uint32_t kv_heads = decode.arena.kv_heads, piece = blockIdx.x;
-    uint32_t begin = piece_begin(items, piece, pieces), end = piece_begin(items, piece + 1, pieces);
-    P* parts = reinterpret_cast<P*>(decode.parts);
-    // Nobody's tiles are on their way any more.
-    float* factors = reinterpret_cast<float*>(&shared.tiles);
-    for (uint32_t slot = 0; slot < 2 * WARPS;) {
-        uint32_t owner = shared.owners[slot];
-        if (owner == NOTHING) {
-            slot++;
-            continue;
-        }
-        // Those of one owner follow each other, with unused slots between them.
-        uint32_t after = slot + 1, members = 1u << slot, count = 1;
-        for (; after < 2 * WARPS && (shared.owners[after] == owner || shared.owners[after] == NOTHING); after++)
-            if (shared.owners[after] == owner) {
-                members |= 1u << after;
-                count++;
+    for (uint32_t which = 0; which < 2; which++) {
+        uint32_t one = shared.crossing[which];
+        if (one == NOTHING) continue;
+        Owner owner(all, kv_heads, one);
+        uint32_t from = pieces.of(owner.first), count = pieces.of(owner.last) - from + 1;
+        for (uint32_t row = warp; row < decode.group; row += WARPS) {
+            Row<D> whole;
+            for (uint32_t first = 0; first < count; first += BATCH) {
+                auto theirs = [&](uint32_t i) { return &parts[2 * (from + first + i) + (first + i == 0)]; };
+                uint32_t there = ~0u >> (WARP - min(count - first, static_cast<uint32_t>(BATCH)));
+                // What others wrote is not in this multiprocessor's cache.
+                whole.template add<BATCH>(there, row, theirs, [](const auto* at) { return __ldcg(at); });
             }
-        slot = after;
-        uint32_t sequence = owner / kv_heads, head = owner % kv_heads;
-        uint32_t tiles = all.before[sequence + 1] - all.before[sequence];
-        uint32_t first = all.before[sequence] * kv_heads + head * tiles, last = first + tiles - 1;
-        bool is_whole = first >= begin && last < end;
-        T* rows = results + (static_cast<size_t>(sequence) * kv_heads + head) * decode.group * D;
-        P& own = parts[2 * piece + (first >= begin)];
-        auto mine = [&](uint32_t i) { return &shared.parts[__fns(members, 0, i + 1)]; };
-        auto write = [&](uint32_t row, uint32_t dim, float4 value, float most, float sum) {
-            store_four(rows + row * D, dim, value, Whole<D>(decode, sequence, head * decode.group + row, most, sum));
-        };
-        auto keep = [&](uint32_t row, uint32_t dim, float4 value, float most, float sum) {
-            if (is_whole) return write(row, dim, value, most, sum);
-            *reinterpret_cast<float4*>(&own.values[row][dim]) = value;
-            if (dim == 0) {
-                own.most[row] = most;
-                own.sum[row] = sum;
-            }
-        };
-        together<D>(decode.group, count, factors, mine, [](const auto* at) { return *at; }, keep);
-        if (is_whole) {
-            __syncthreads();
-            continue;
+            whole.write(decode, results, owner.sequence, owner.head * decode.group + row);
         }
-        uint32_t from = piece_of(items, first, pieces), n_parts = piece_of(items, last, pieces) - from + 1;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence();
-            shared.is_last = atomicAdd(&decode.arrived[owner], 1) == n_parts - 1;
-            __threadfence();
-        }
-        __syncthreads();
-        if (!shared.is_last) continue;
-        auto theirs = [&](uint32_t i) { return &parts[2 * (from + i) + (i == 0)]; };
-        // What others wrote is not in this multiprocessor's cache.
-        together<D>(decode.group, n_parts, factors, theirs, [](const auto* at) { return __ldcg(at); }, write);
-        if (threadIdx.x == 0) decode.arrived[owner] = 0;
-        __syncthreads();
     }
 }
 
 template <typename T, typename KV, int D, int N, int STAGES>
-__device__ __forceinline__ void decode_attention(const Decode& decode, const T* queries, T* results) {
+__device__ __forceinline__ void decode_attention(const Decode& decode) {
     extern __shared__ __align__(1024) uint8_t memory[];
+    let_next_begin();
+    const T* queries = static_cast<const T*>(decode.queries);
+    T* results = static_cast<T*>(decode.results);
     auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
     Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1, shared.sequences + 2 * decode.sequences + 1};
     uint32_t warp = threadIdx.x / WARP, row = decode.arena.kv_heads * decode.group * D;
@@ -593,25 +632,28 @@ __device__ __forceinline__ void decode_attention(const Decode& decode, const T* 
     proxy_fence();
 #endif
     if (threadIdx.x < 2 * WARPS) shared.owners[threadIdx.x] = NOTHING;
+    if (threadIdx.x < 2) shared.crossing[threadIdx.x] = NOTHING;
+    wait_for_previous();
     look(decode, all, shared.scratch);
     for (uint32_t s = blockIdx.x; s < decode.sequences; s += gridDim.x)
         if (all.is_empty(s))
             for (uint32_t i = threadIdx.x; i < row; i += blockDim.x)
                 results[static_cast<size_t>(s) * row + i] = from_float<T>(Whole<D>(decode, s, i / D, -INFINITY, 0).of(0, i % D));
     uint32_t items = all.before[decode.sequences] * decode.arena.kv_heads;
-    uint32_t pieces = min(gridDim.x, (items + WARPS - 1) / WARPS);
-    if (blockIdx.x >= pieces) return;
-    uint32_t begin = piece_begin(items, blockIdx.x, pieces), end = piece_begin(items, blockIdx.x + 1, pieces);
+    uint32_t count = min(gridDim.x, (items + WARPS - 1) / WARPS);
+    if (blockIdx.x >= count) return;
+    Pieces pieces(items, count);
+    uint32_t begin = pieces.begin(blockIdx.x);
+    Pieces own(pieces.begin(blockIdx.x + 1) - begin, WARPS);
     Worker<T, KV, D, N, STAGES> worker(decode, shared, all);
-    worker.run(queries, results, begin + piece_begin(end - begin, warp, WARPS), begin + piece_begin(end - begin, warp + 1, WARPS));
+    worker.run(queries, results, begin + own.begin(warp), begin + own.begin(warp + 1));
     __syncthreads();
-    finish<T>(decode, shared, all, results, items, pieces);
+    finish<T>(decode, shared, all, results, pieces);
 }
 
 #define DECODE(name, T, KV, D, N, STAGES)                                                                   \
-    extern "C" __global__ void __launch_bounds__(WARPS * WARP)                                              \
-        decode_##name(const __grid_constant__ Decode decode, const T* queries, T* results) {                \
-        decode_attention<T, KV, D, N, STAGES>(decode, queries, results);                                    \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP) decode_##name(const __grid_constant__ Decode decode) { \
+        decode_attention<T, KV, D, N, STAGES>(decode);                                                      \
     }
 
 // Stages of the largest head; those of 8 bits have as many bytes on their way.

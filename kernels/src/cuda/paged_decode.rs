@@ -56,14 +56,13 @@ pub use launch::{DecodeInput, DecodeScratch};
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{
-        CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-    };
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
 
     use super::PagedDecode;
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same};
     use crate::cuda::shared_prefix::{PrefixArgument, PrefixInput, PrefixScratch};
@@ -157,15 +156,14 @@ mod launch {
         arena: ArenaArgument,
         tables: u64,
         lengths: u64,
+        queries: u64,
+        results: u64,
         sequences: u32,
         attention: AttentionArgument,
         parts: u64,
         arrived: u64,
         prefix: PrefixArgument,
     }
-
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Decode {}
 
     impl PagedDecode {
         fn group(&self, shape: &ArenaShape) -> u32 {
@@ -238,41 +236,34 @@ mod launch {
                 self.shared_prefix(shape, arena, (input, prefixes), q, scratch)?;
                 prefix = scratch.argument(self);
             }
-            let argument = self.argument(shape, arena, input, scratch, prefix);
-            let stream = self.stream();
-            let (q, _q) = q.device_ptr(stream);
-            let (out, _out) = out.device_ptr_mut(stream);
+            let argument = self.argument((shape, prefix), (arena, input), (q, out), scratch);
             let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
             let tiles = WARPS * stages(row) * 2 * TILE * row;
             let parts = 2 * WARPS * heads * (dims + 2) * 4;
             let rest = 1024 + shape.sequences * 12;
-            let shared_mem_bytes = tiles + parts + rest;
-            let blocks = (SHARED / (shared_mem_bytes + PER_BLOCK)).clamp(1, BLOCKS);
-            let config = LaunchConfig {
-                grid_dim: (self.multiprocessors() * blocks, 1, 1),
-                block_dim: (THREADS, 1, 1),
-                shared_mem_bytes,
-            };
-            let mut launch = stream.launch_builder(function);
-            launch.arg(&argument).arg(&q).arg(&out);
-            // SAFETY: the arguments are those of `decode_*` in paged_decode.cu, which stays within the lengths checked above and
-            // bounds lengths and block ids by them.
-            launched("paged_decode", unsafe { launch.launch(config) })
+            let shared_bytes = tiles + parts + rest;
+            let blocks = (SHARED / (shared_bytes + PER_BLOCK)).clamp(1, BLOCKS);
+            let grid = Grid::of([self.multiprocessors() * blocks, 1], THREADS);
+            let grid = Grid { shared_bytes, ..grid }.spread(self, blocks);
+            // SAFETY: the argument is that of `decode_*` in paged_decode.cu, which stays within the lengths checked above, bounds
+            // lengths and block ids by them and waits before it reads.
+            launched("paged_decode", unsafe { grid.queue(self, function, &argument) })
         }
 
-        fn argument<KV: DeviceRepr>(
+        fn argument<T: Real, KV: DeviceRepr>(
             &self,
-            shape: &PagedDecode,
-            arena: &Arena<KV>,
-            input: &DecodeInput<'_>,
+            (shape, prefix): (&PagedDecode, PrefixArgument),
+            (arena, input): (&Arena<KV>, &DecodeInput<'_>),
+            (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
             scratch: &mut DecodeScratch,
-            prefix: PrefixArgument,
         ) -> Decode {
             let stream = self.stream();
             Decode {
                 arena: arena.argument(self),
                 tables: input.tables.device_ptr(stream).0,
                 lengths: input.lengths.device_ptr(stream).0,
+                queries: q.device_ptr(stream).0,
+                results: out.device_ptr_mut(stream).0,
                 sequences: shape.sequences,
                 attention: shape.attention(&arena.shape),
                 parts: scratch.parts.device_ptr_mut(stream).0,

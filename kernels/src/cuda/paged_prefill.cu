@@ -37,9 +37,12 @@ __device__ __forceinline__ void attend_unit(const Prefill& prefill, Tiles<KV, D>
     }
 }
 
-template <typename T, typename KV, int D>
-__device__ __forceinline__ void prefill_attention(const Prefill& prefill, const T* queries, T* results) {
+template <typename T, typename KV, int D> __device__ __forceinline__ void prefill_attention(const Prefill& prefill) {
     extern __shared__ __align__(1024) uint8_t bytes[];
+    let_next_begin();
+    wait_for_previous();
+    const T* queries = static_cast<const T*>(prefill.queries);
+    T* results = static_cast<T*>(prefill.results);
     auto& memory = *reinterpret_cast<Memory<KV, D>*>(bytes);
     count_tiles<ROWS>(prefill, memory.before, memory.scratch);
     uint32_t units = memory.before[prefill.sequences] * prefill.arena.kv_heads;
@@ -48,9 +51,8 @@ __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const 
 }
 
 #define PREFILL(name, T, KV, D)                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                     \
-        prefill_##name##_##D(const __grid_constant__ Prefill prefill, const T* queries, T* results) {         \
-        prefill_attention<T, KV, D>(prefill, queries, results);                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) prefill_##name##_##D(const __grid_constant__ Prefill prefill) { \
+        prefill_attention<T, KV, D>(prefill);                                                                 \
     }
 #define PREFILLS(name, T, KV) PREFILL(name, T, KV, 64) PREFILL(name, T, KV, 96) PREFILL(name, T, KV, 128) PREFILL(name, T, KV, 256)
 

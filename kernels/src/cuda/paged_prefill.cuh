@@ -9,6 +9,8 @@ struct Prefill {
     const uint32_t* tables;  // [sequences][table_width]
     const uint32_t* begins;  // [sequences + 1], rows of q where sequences begin
     const uint32_t* starts;  // [sequences], positions of their first rows
+    const void* queries;     // [tokens][heads][D]
+    void* results;           // as queries
     uint32_t sequences;
     uint32_t tokens;         // rows of q
     uint32_t table_width;

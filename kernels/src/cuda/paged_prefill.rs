@@ -77,12 +77,13 @@ pub(super) use launch::{HOPPER_MODULE, MODULE};
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
 
     use super::PagedPrefill;
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{below, each_kv_dtype, launched, len, same};
     use crate::cuda::{Arena, Kernels, KvReal, LaunchError, Real};
@@ -118,13 +119,12 @@ mod launch {
         tables: u64,
         begins: u64,
         starts: u64,
+        queries: u64,
+        results: u64,
         sequences: u32,
         tokens: u32,
         attention: AttentionArgument,
     }
-
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Argument {}
 
     impl PagedPrefill {
         fn check<T>(
@@ -193,25 +193,20 @@ mod launch {
                 (true, 1) => (1, 512, (3 * 2 * 128 + 8 * 8) * dims * 2),
                 (true, _) => (1, 384, (3 * 2 * 128 + 8 * 8) * dims * 2),
             };
-            let config = LaunchConfig {
-                grid_dim: (self.multiprocessors() * blocks, 1, 1),
-                block_dim: (threads, 1, 1),
-                shared_mem_bytes: tiles + 1024 + (shape.sequences + 1) * 4,
-            };
-            let argument = self.prefill_argument(shape, arena, input);
-            let stream = self.stream();
-            let mut launch = stream.launch_builder(function);
-            launch.arg(&argument).arg(q).arg(out);
-            // SAFETY: the arguments are those of `prefill_*` in paged_prefill.cu and paged_prefill_90.cu, which stay within the
-            // lengths checked above and bound rows, positions and block ids by them.
-            launched("paged_prefill", unsafe { launch.launch(config) })
+            let shared_bytes = tiles + 1024 + (shape.sequences + 1) * 4;
+            let grid = Grid::of([self.multiprocessors() * blocks, 1], threads);
+            let grid = Grid { shared_bytes, ..grid }.spread(self, blocks);
+            let argument = self.prefill_argument(shape, (arena, input), (q, out));
+            // SAFETY: the argument is that of `prefill_*` in paged_prefill.cu and paged_prefill_90.cu, which stay within the lengths
+            // checked above, bound rows, positions and block ids by them and wait before they read.
+            launched("paged_prefill", unsafe { grid.queue(self, function, &argument) })
         }
 
-        fn prefill_argument<KV: DeviceRepr>(
+        fn prefill_argument<T: Real, KV: DeviceRepr>(
             &self,
             shape: &PagedPrefill,
-            arena: &Arena<KV>,
-            input: &PrefillInput<'_>,
+            (arena, input): (&Arena<KV>, &PrefillInput<'_>),
+            (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
         ) -> Argument {
             let (stream, group) = (self.stream(), shape.heads / arena.shape.kv_heads);
             Argument {
@@ -219,6 +214,8 @@ mod launch {
                 tables: input.tables.device_ptr(stream).0,
                 begins: input.begins.device_ptr(stream).0,
                 starts: input.starts.device_ptr(stream).0,
+                queries: q.device_ptr(stream).0,
+                results: out.device_ptr_mut(stream).0,
                 sequences: shape.sequences,
                 tokens: shape.tokens,
                 attention: shape.meaning().argument(shape.table_width, group),

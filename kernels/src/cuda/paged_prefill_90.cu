@@ -571,8 +571,10 @@ template <typename T, typename KV, int D, bool CAPPED>
 __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const T* queries, T* results) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     auto& memory = *reinterpret_cast<Memory<T, KV, D>*>(bytes);
+    let_next_begin();
     if (threadIdx.x == 0) make_barriers(memory);
     proxy_fence();
+    wait_for_previous();
     count_tiles<ROWS>(prefill, memory.before, memory.scratch);
     // The registers of all kinds together are those that the kernel begins with.
     if (threadIdx.x < GROUP_THREADS) {
@@ -591,7 +593,8 @@ __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const 
         if (!work.is_none) Consumer<T, KV, D, CAPPED>{prefill, memory, results, parity, work, work, work}.run();
     }
 }
-#define BODY(T, KV, D, CAPPED) prefill_attention<T, KV, D, CAPPED>(prefill, queries, results)
+#define BODY(T, KV, D, CAPPED) \
+    prefill_attention<T, KV, D, CAPPED>(prefill, static_cast<const T*>(prefill.queries), static_cast<T*>(prefill.results))
 #else
 // For other devices there is the portable path.
 #define BODY(T, KV, D, CAPPED)
@@ -599,7 +602,7 @@ __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const 
 
 #define PREFILL(name, T, KV, D, CAPPED)                                                                                         \
     extern "C" __global__ void __launch_bounds__(sizeof(KV) == 1 ? 512 : 384, 1)                                                \
-        prefill_90_##name(const __grid_constant__ Prefill prefill, const T* queries, T* results) {                              \
+        prefill_90_##name(const __grid_constant__ Prefill prefill) {                                                            \
         BODY(T, KV, D, CAPPED);                                                                                                 \
     }
 #define PREFILLS(name, T, KV)                                                                                                   \

@@ -1,9 +1,18 @@
 // Root-mean-square norm of rows, and the same of a residual that something is added to first.
 // A block has a row; each thread keeps up to PIECES times eight of its numbers in registers, so that the row is read once.
-// All that it reads is on its way before it waits for any of it. A product that follows reads its weights beside it.
+// All that it reads is on its way before it waits for any of it.
 #include "rows.cuh"
 
 constexpr int PIECES = 4;
+
+struct Norm {
+    const uint4* x;       // [rows][width]
+    uint4* residual;      // [rows][width], added to; null where there is none
+    const uint4* weight;  // [width]
+    uint4* out;           // [rows][width]
+    uint32_t width;       // eights of a row
+    float epsilon;
+};
 
 // Eights of a row that a thread has, zeros beyond its end.
 struct Pieces {
@@ -58,32 +67,25 @@ template <typename T> __device__ __forceinline__ void scale(Pieces& what, const 
     }
 }
 
-// `width`: eights of a row.
-template <typename T, bool ADD>
-__device__ __forceinline__ void norm(const uint4* x, uint4* residual, const uint4* weight, uint4* out, uint32_t width, float epsilon) {
-    let_next_begin();
-    size_t row = static_cast<size_t>(blockIdx.x) * width;
+template <typename T, bool ADD> __device__ __forceinline__ void norm(const Norm& of) {
+    size_t row = static_cast<size_t>(blockIdx.x) * of.width;
     Pieces kept, before, weights;
-    kept.read(x + row, width);
-    if (ADD) before.read(residual + row, width);
-    weights.read(weight, width);
+    weights.read(of.weight, of.width);
+    wait_for_previous();
+    let_next_begin();
+    kept.read(of.x + row, of.width);
+    if (ADD) before.read(of.residual + row, of.width);
     if (ADD) {
         add<T>(kept, before);
-        kept.write(residual + row, width);
+        kept.write(of.residual + row, of.width);
     }
-    scale<T>(kept, weights, rsqrtf(block_sum(squares<T>(kept)) / (width * EIGHT) + epsilon));
-    kept.write(out + row, width);
+    scale<T>(kept, weights, rsqrtf(block_sum(squares<T>(kept)) / (of.width * EIGHT) + of.epsilon));
+    kept.write(of.out + row, of.width);
 }
 
-#define NORM(name, T)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                    \
-        rms_norm_##name(const uint4* x, const uint4* weight, uint4* out, uint32_t width, float epsilon) {                 \
-        norm<T, false>(x, nullptr, weight, out, width, epsilon);                                                          \
-    }                                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                    \
-        add_rms_norm_##name(const uint4* x, uint4* residual, const uint4* weight, uint4* out, uint32_t width, float epsilon) { \
-        norm<T, true>(x, residual, weight, out, width, epsilon);                                                          \
-    }
+#define NORM(name, T)                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(1024) rms_norm_##name(const __grid_constant__ Norm of) { norm<T, false>(of); } \
+    extern "C" __global__ void __launch_bounds__(1024) add_rms_norm_##name(const __grid_constant__ Norm of) { norm<T, true>(of); }
 
 NORM(bf16, __nv_bfloat16)
 NORM(f16, __half)

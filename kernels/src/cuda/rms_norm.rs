@@ -28,11 +28,12 @@ pub(super) use launch::MODULE;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use super::RmsNorm;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{EIGHT, grid, launched, len, same, whole_eights};
+    use crate::cuda::launch::{EIGHT, launched, len, same, whole_eights};
     use crate::cuda::{Kernels, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -66,8 +67,21 @@ mod launch {
         }
     }
 
+    /// The kernels' argument, field by field.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Norm {
+        x: u64,
+        residual: u64,
+        weight: u64,
+        out: u64,
+        width: u32,
+        epsilon: f32,
+    }
+
     impl Kernels {
-        /// Queues the norm. Shapes as in [`RmsNorm::reference`].
+        /// Queues the norm. Shapes as in [`RmsNorm::reference`]. The weights are read ahead of what is before in the stream: no
+        /// launch may write them.
         ///
         /// # Errors
         /// When lengths do not fit, or a row is no multiple of 8 or too long.
@@ -77,16 +91,7 @@ mod launch {
             (x, weight): (&CudaSlice<T>, &CudaSlice<T>),
             out: &mut CudaSlice<T>,
         ) -> Result<(), LaunchError> {
-            shape.check([x.len(), weight.len(), out.len()])?;
-            if shape.rows == 0 {
-                return Ok(());
-            }
-            let function = self.kernel(&format!("rms_norm_{}", T::NAME))?;
-            let width = shape.eights();
-            let mut launch = self.stream().launch_builder(function);
-            launch.arg(x).arg(weight).arg(out).arg(&width).arg(&shape.epsilon);
-            // SAFETY: arguments match `rms_norm_*` in rms_norm.cu, which stays within the lengths checked above.
-            launched("rms_norm", unsafe { launch.launch(grid(shape.rows, shape.threads())) })
+            self.norm(("rms_norm", shape), (x, weight), 0, out)
         }
 
         /// Queues residual += x, out = norm(residual). Shapes as in [`RmsNorm::reference`]; `residual` as `x`.
@@ -100,17 +105,37 @@ mod launch {
             residual: &mut CudaSlice<T>,
             out: &mut CudaSlice<T>,
         ) -> Result<(), LaunchError> {
-            shape.check([x.len(), weight.len(), out.len()])?;
             same("residual", residual.len(), x.len())?;
+            let residual = residual.device_ptr_mut(self.stream()).0;
+            self.norm(("add_rms_norm", shape), (x, weight), residual, out)
+        }
+
+        /// `residual`: none, or as long as x.
+        fn norm<T: Real>(
+            &self,
+            (what, shape): (&'static str, &RmsNorm),
+            (x, weight): (&CudaSlice<T>, &CudaSlice<T>),
+            residual: u64,
+            out: &mut CudaSlice<T>,
+        ) -> Result<(), LaunchError> {
+            shape.check([x.len(), weight.len(), out.len()])?;
             if shape.rows == 0 {
                 return Ok(());
             }
-            let function = self.kernel(&format!("add_rms_norm_{}", T::NAME))?;
-            let width = shape.eights();
-            let mut launch = self.stream().launch_builder(function);
-            launch.arg(x).arg(residual).arg(weight).arg(out).arg(&width).arg(&shape.epsilon);
-            // SAFETY: arguments match `add_rms_norm_*` in rms_norm.cu, which stays within the lengths checked above.
-            launched("add_rms_norm", unsafe { launch.launch(grid(shape.rows, shape.threads())) })
+            let stream = self.stream();
+            let argument = Norm {
+                x: x.device_ptr(stream).0,
+                residual,
+                weight: weight.device_ptr(stream).0,
+                out: out.device_ptr_mut(stream).0,
+                width: shape.eights(),
+                epsilon: shape.epsilon,
+            };
+            let function = self.kernel(&format!("{what}_{}", T::NAME))?;
+            let grid = Grid::of([shape.rows, 1], shape.threads());
+            // SAFETY: the argument is that of the kernels of rms_norm.cu, which stay within the lengths checked above and touch
+            // nothing but weights before they have waited.
+            launched(what, unsafe { grid.queue(self, function, &argument) })
         }
     }
 }

@@ -9,7 +9,11 @@ struct RopeStore {
     const uint32_t* positions;   // [tokens]
     const uint32_t* slots;       // [tokens], block * block size + row; one that is not there is not stored
     const float* frequencies;    // [rotary / 2], radians a position
-    uint32_t tokens, heads, layer, rotary;
+    const uint4* qkv;            // [tokens][heads + 2 kv heads][D]
+    const uint4* q_weight;       // [D], of the heads' norms; null: there are none
+    const uint4* k_weight;       // [D]
+    uint4* q;                    // [tokens][heads][D]
+    uint32_t heads, layer, rotary;
     float epsilon;
 };
 
@@ -98,31 +102,31 @@ __device__ __forceinline__ void turns_of(const RopeStore& rope, Turns* turns) {
     }
 }
 
-template <typename T, typename KV, int D>
-__device__ __forceinline__ void head_of(const RopeStore& rope, const uint4* qkv, const uint4* q_weight, const uint4* k_weight, uint4* q) {
+template <typename T, typename KV, int D> __device__ __forceinline__ void head_of(const RopeStore& rope) {
     __shared__ Turns turns[D / 2 / EIGHT];
     Head<T, D> head(rope.rotary);
     uint32_t kv_heads = rope.arena.kv_heads, all = rope.heads + 2 * kv_heads;
     uint32_t index = (blockIdx.y * blockDim.x + threadIdx.x) / head.LANES;
     bool is_there = index < all && head.lane < D / (2 * EIGHT), is_q = index < rope.heads, is_v = index >= rope.heads + kv_heads;
     size_t token = blockIdx.x;
-    if (is_there) head.ask(qkv + (token * all + index) * (D / EIGHT));
+    wait_for_previous();
+    let_next_begin();
+    if (is_there) head.ask(rope.qkv + (token * all + index) * (D / EIGHT));
     uint32_t slot = rope.slots[token];
     turns_of(rope, turns);
     __syncthreads();
     head.widen_all();
-    float factor = q_weight == nullptr ? 1 : rsqrtf(head.squares() / D + rope.epsilon);
+    float factor = rope.q_weight == nullptr ? 1 : rsqrtf(head.squares() / D + rope.epsilon);
     if (!is_there) return;
-    if (q_weight != nullptr && !is_v) head.scale(is_q ? q_weight : k_weight, factor);
+    if (rope.q_weight != nullptr && !is_v) head.scale(is_q ? rope.q_weight : rope.k_weight, factor);
     if (!is_v) head.turn(turns);
-    if (is_q) return head.write(q + (token * rope.heads + index) * (D / EIGHT));
+    if (is_q) return head.write(rope.q + (token * rope.heads + index) * (D / EIGHT));
     head.template store<KV>(rope, slot, is_v, (index - rope.heads) % kv_heads);
 }
 
 #define ROPE(name, T, KV, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(512) rope_store_##name##_##D(                                       \
-        const __grid_constant__ RopeStore rope, const uint4* qkv, const uint4* q_weight, const uint4* k_weight, uint4* q) { \
-        head_of<T, KV, D>(rope, qkv, q_weight, k_weight, q);                                                          \
+    extern "C" __global__ void __launch_bounds__(512) rope_store_##name##_##D(const __grid_constant__ RopeStore rope) { \
+        head_of<T, KV, D>(rope);                                                                                     \
     }
 #define ROPES(name, T, KV) ROPE(name, T, KV, 64) ROPE(name, T, KV, 96) ROPE(name, T, KV, 128) ROPE(name, T, KV, 256)
 

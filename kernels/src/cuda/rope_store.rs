@@ -90,10 +90,11 @@ pub use launch::RopeInput;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use super::{HeadNorms, RopeStore};
     use crate::cuda::arena::ArenaArgument;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{below, each_kv_dtype, launched, len, same};
     use crate::cuda::{Arena, ArenaShape, Kernels, KvReal, LaunchError, Real};
@@ -123,15 +124,15 @@ mod launch {
         positions: u64,
         slots: u64,
         frequencies: u64,
-        tokens: u32,
+        qkv: u64,
+        q_weight: u64,
+        k_weight: u64,
+        q: u64,
         heads: u32,
         layer: u32,
         rotary: u32,
         epsilon: f32,
     }
-
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Argument {}
 
     impl RopeStore {
         fn check(
@@ -157,16 +158,12 @@ mod launch {
         }
 
         /// A block for each token, or more where its heads have more lanes than a block has threads.
-        fn config(&self, shape: &ArenaShape) -> LaunchConfig {
+        fn grid(&self, shape: &ArenaShape) -> Grid {
             let lanes = (shape.head_dim / 16).next_power_of_two();
             let heads = self.heads + 2 * shape.kv_heads;
             let blocks = (heads * lanes).div_ceil(MOST_THREADS);
             let threads = (heads.div_ceil(blocks) * lanes).next_multiple_of(32);
-            LaunchConfig {
-                grid_dim: (self.tokens, blocks, 1),
-                block_dim: (threads, 1, 1),
-                shared_mem_bytes: 0,
-            }
+            Grid::of([self.tokens, blocks], threads)
         }
     }
 
@@ -197,22 +194,24 @@ mod launch {
             let weight = |of: fn(HeadNorms<&CudaSlice<T>>) -> &CudaSlice<T>| {
                 norms.map_or(0, |norms| of(norms).device_ptr(stream).0)
             };
-            let (q_weight, k_weight) = (weight(|norms| norms.q), weight(|norms| norms.k));
             let argument = Argument {
                 arena: arena.argument(self),
                 positions: input.positions.device_ptr(stream).0,
                 slots: input.slots.device_ptr(stream).0,
                 frequencies: input.frequencies.device_ptr(stream).0,
-                tokens: shape.tokens,
+                qkv: qkv.device_ptr(stream).0,
+                q_weight: weight(|norms| norms.q),
+                k_weight: weight(|norms| norms.k),
+                q: q.device_ptr_mut(stream).0,
                 heads: shape.heads,
                 layer: shape.layer,
                 rotary: shape.rotary,
                 epsilon: shape.epsilon,
             };
-            let mut launch = stream.launch_builder(function);
-            launch.arg(&argument).arg(qkv).arg(&q_weight).arg(&k_weight).arg(q);
-            // SAFETY: arguments match `rope_store_*` in rope_store.cu, which bounds slots and stays within the lengths checked above.
-            launched("rope_store", unsafe { launch.launch(shape.config(&arena.shape)) })
+            let grid = shape.grid(&arena.shape);
+            // SAFETY: the argument is that of `rope_store_*` in rope_store.cu, which bounds slots, stays within the lengths checked
+            // above and waits first.
+            launched("rope_store", unsafe { grid.queue(self, function, &argument) })
         }
     }
 }

@@ -54,6 +54,7 @@ struct Sample {
     float2* summary;   // [draws][groups], largest and sum
     Score* scores;     // [draws][1 + top]
     uint32_t* before;  // [draws], how many are more likely than the drawn token
+    const void* logits;  // [logit_rows][vocab]
     uint32_t logit_rows;
     uint32_t groups;
     uint32_t top;
@@ -840,12 +841,19 @@ template <typename T> __device__ __forceinline__ void report(const Sample& sampl
     }
 }
 
-#define SAMPLE(name, T)                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(SURVEY_THREADS) alter_##name(Sample sample, const T* logits) { alter(sample, logits); } \
-    extern "C" __global__ void __launch_bounds__(SURVEY_THREADS) survey_##name(Sample sample, const T* logits) { survey_draw(sample, logits); } \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) choose_##name(Sample sample, const T* logits) { choose_draw(sample, logits); } \
-    extern "C" __global__ void __launch_bounds__(SURVEY_THREADS) survey_raw_##name(Sample sample, const T* logits) { survey_raw(sample, logits); } \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) report_##name(Sample sample, const T* logits) { report(sample, logits); }
+#define KERNEL(name, body, T, NEXT, ...)                                                                         \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Sample sample) {     \
+        NEXT;                                                                                                    \
+        wait_for_previous();                                                                                     \
+        body(sample, static_cast<const T*>(sample.logits));                                                      \
+    }
+// What follows a kernel of one block a draw begins after its end: beside it, log-probabilities took 10 us more (PERFORMANCE.md).
+#define SAMPLE(name, T)                                                          \
+    KERNEL(alter_##name, alter, T, let_next_begin(), SURVEY_THREADS)             \
+    KERNEL(survey_##name, survey_draw, T, let_next_begin(), SURVEY_THREADS)      \
+    KERNEL(choose_##name, choose_draw, T, , THREADS, 2)                          \
+    KERNEL(survey_raw_##name, survey_raw, T, let_next_begin(), SURVEY_THREADS)   \
+    KERNEL(report_##name, report, T, , THREADS, 2)
 
 SAMPLE(f32, float)
 SAMPLE(bf16, __nv_bfloat16)

@@ -157,12 +157,11 @@ pub use launch::{Draw, Logit, Sample, SampleOutput, SampleScratch};
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{
-        CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-    };
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
     use half::{bf16, f16};
 
     use super::TokenScore;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, launched, len, same};
     use crate::cuda::sampling_rows::Rows;
@@ -296,13 +295,11 @@ mod launch {
         summary: u64,
         scores: u64,
         before: u64,
+        logits: u64,
         logit_rows: u32,
         groups: u32,
         top: u32,
     }
-
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Argument {}
 
     impl Sample {
         fn check(
@@ -329,11 +326,11 @@ mod launch {
             Ok(())
         }
 
-        fn argument(
+        fn argument<T: Logit>(
             &self,
             kernels: &Kernels,
             rows: &mut SamplingRows,
-            draws: &CudaSlice<Draw>,
+            (logits, draws): (&CudaSlice<T>, &CudaSlice<Draw>),
             scratch: &mut SampleScratch,
             output: &mut SampleOutput<'_>,
         ) -> Argument {
@@ -346,6 +343,7 @@ mod launch {
                 summary: scratch.summary.device_ptr_mut(stream).0,
                 scores: output.scores.device_ptr_mut(stream).0,
                 before: scratch.before.device_ptr_mut(stream).0,
+                logits: logits.device_ptr(stream).0,
                 logit_rows: self.logit_rows,
                 groups: rows.shape.vocab.div_ceil(GROUP),
                 top: output.top,
@@ -371,18 +369,11 @@ mod launch {
             if shape.draws == 0 {
                 return Ok(());
             }
-            let argument = shape.argument(self, rows, draws, scratch, &mut output);
+            let argument = shape.argument(self, rows, (logits, draws), scratch, &mut output);
             let pieces = (argument.groups * GROUP).div_ceil(PIECE).max(1);
-            let all = LaunchConfig {
-                grid_dim: (pieces, shape.draws, 1),
-                block_dim: (SURVEY_THREADS, 1, 1),
-                shared_mem_bytes: 0,
-            };
-            let each = LaunchConfig {
-                grid_dim: (shape.draws, 1, 1),
-                block_dim: (THREADS, 1, 1),
-                shared_mem_bytes: shared(argument.groups),
-            };
+            let all = Grid::of([pieces, shape.draws], SURVEY_THREADS);
+            let each = Grid::of([shape.draws, 1], THREADS);
+            let each = Grid { shared_bytes: shared(argument.groups), ..each };
             let stages = [
                 ("alter", all, shape.is_altered),
                 ("survey", all, true),
@@ -390,13 +381,11 @@ mod launch {
                 ("survey_raw", all, shape.is_reported),
                 ("report", each, shape.is_reported),
             ];
-            for (name, config, _) in stages.into_iter().filter(|(_, _, is_wanted)| *is_wanted) {
-                let mut launch =
-                    self.stream().launch_builder(self.kernel(&format!("{name}_{}", T::NAME))?);
-                launch.arg(&argument).arg(logits);
-                // SAFETY: arguments match the kernels of sample.cu, which stay within the lengths checked above and bound rows,
-                // tokens and counts by them.
-                launched(name, unsafe { launch.launch(config) })?;
+            for (name, grid, _) in stages.into_iter().filter(|(_, _, is_wanted)| *is_wanted) {
+                let function = self.kernel(&format!("{name}_{}", T::NAME))?;
+                // SAFETY: the argument is that of the kernels of sample.cu, which stay within the lengths checked above, bound rows,
+                // tokens and counts by them and wait first.
+                launched(name, unsafe { grid.queue(self, function, &argument) })?;
             }
             Ok(())
         }

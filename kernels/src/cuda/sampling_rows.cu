@@ -3,6 +3,7 @@
 
 // What is admitted besides the row's own words: ranges of `words`.
 struct Admitted {
+    SamplingRows all;
     SamplingRow state;
     const uint32_t* words;
     uint32_t row;
@@ -14,9 +15,12 @@ struct Admitted {
 };
 
 // The row's counts are 0 before. Any grid.
-extern "C" __global__ void admit_row(SamplingRows all, Admitted admitted) {
+extern "C" __global__ void admit_row(const __grid_constant__ Admitted admitted) {
+    wait_for_previous();
+    let_next_begin();
     uint32_t first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-    SamplingRow& state = admitted.state;
+    const SamplingRows& all = admitted.all;
+    SamplingRow state = admitted.state;
     const uint32_t* history = admitted.words + admitted.history;
     if (first == 0) {
         state.last = admitted.history_len > 0 ? history[admitted.history_len - 1] : 0;
@@ -34,11 +38,21 @@ extern "C" __global__ void admit_row(SamplingRows all, Admitted admitted) {
     }
 }
 
+struct Fork {
+    SamplingRows all;
+    uint32_t from;
+    uint32_t to;
+    uint32_t choice;
+};
+
 // Any grid.
-extern "C" __global__ void fork_row(SamplingRows all, uint32_t from, uint32_t to, uint32_t choice) {
-    uint32_t first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+extern "C" __global__ void fork_row(const __grid_constant__ Fork fork) {
+    wait_for_previous();
+    let_next_begin();
+    uint32_t first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x, from = fork.from, to = fork.to;
+    const SamplingRows& all = fork.all;
     SamplingRow state = all.rows[from];
-    state.choice = choice;
+    state.choice = fork.choice;
     if (first == 0) all.rows[to] = state;
     if (from == to || !state.is_admitted) return;
     for (uint32_t i = first; i < state.biases; i += step) all.biases_of(to)[i] = all.biases_of(from)[i];
@@ -47,8 +61,17 @@ extern "C" __global__ void fork_row(SamplingRows all, uint32_t from, uint32_t to
     for (uint32_t i = first; i < all.vocab; i += step) all.counts_of(to)[i] = all.counts_of(from)[i];
 }
 
+struct LastTokens {
+    SamplingRows all;
+    const uint32_t* rows;  // [count]
+    uint32_t* tokens;      // [count]
+    uint32_t count;
+};
+
 // tokens[i] = the last token of rows[i]; where there is no such row, it stays.
-extern "C" __global__ void last_tokens(SamplingRows all, const uint32_t* rows, uint32_t* tokens, uint32_t count) {
-    uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count && rows[i] < all.n_rows && all.rows[rows[i]].is_admitted) tokens[i] = all.rows[rows[i]].last;
+extern "C" __global__ void last_tokens(const __grid_constant__ LastTokens of) {
+    wait_for_previous();
+    let_next_begin();
+    uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, row = i < of.count ? of.rows[i] : of.all.n_rows;
+    if (row < of.all.n_rows && of.all.rows[row].is_admitted) of.tokens[i] = of.all.rows[row].last;
 }

@@ -177,11 +177,12 @@ pub(super) use launch::{MODULE, Rows};
 mod launch {
     use std::ops::Range;
 
-    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, PushKernelArg};
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use super::SamplingParams;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{THREADS, at_least, below, grid, launched, len, same};
+    use crate::cuda::launch::{THREADS, at_least, below, launched, len, same};
     use crate::cuda::{DeviceError, Kernels, LaunchError};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -259,6 +260,7 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Admitted {
+        all: Rows,
         state: State,
         words: u64,
         row: u32,
@@ -282,10 +284,25 @@ mod launch {
         room: u32,
     }
 
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Admitted {}
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Rows {}
+    /// As `Fork` in sampling_rows.cu.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct Fork {
+        all: Rows,
+        from: u32,
+        to: u32,
+        choice: u32,
+    }
+
+    /// As `LastTokens` in sampling_rows.cu.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy)]
+    struct LastTokens {
+        all: Rows,
+        rows: u64,
+        tokens: u64,
+        count: u32,
+    }
 
     const _: () = assert!(WORDS as usize * 4 == size_of::<State>());
 
@@ -390,6 +407,7 @@ mod launch {
                 launched("clear counts", self.stream().memset_zeros(&mut counts))?;
             }
             let argument = Admitted {
+                all: rows.argument(self),
                 state,
                 words: words.device_ptr(self.stream()).0,
                 row: admission.row,
@@ -399,12 +417,10 @@ mod launch {
                 biases: admission.biases.start,
                 stops: admission.stops.start,
             };
-            let all = rows.argument(self);
-            let mut launch = self.stream().launch_builder(self.kernel("admit_row")?);
-            launch.arg(&all).arg(&argument);
-            // SAFETY: arguments match `admit_row` in sampling_rows.cu, which stays within the row and the ranges checked above and
-            // bounds tokens by the vocabulary.
-            launched("admit_row", unsafe { launch.launch(grid(BLOCKS, THREADS)) })
+            let (grid, function) = (Grid::of([BLOCKS, 1], THREADS), self.kernel("admit_row")?);
+            // SAFETY: the argument is that of `admit_row` in sampling_rows.cu, which stays within the row and the ranges checked
+            // above, bounds tokens by the vocabulary and waits first.
+            launched("admit_row", unsafe { grid.queue(self, function, &argument) })
         }
 
         /// Queues a fork: `to` becomes `from` as another choice, as [`super::SamplingState::forked`].
@@ -419,11 +435,11 @@ mod launch {
         ) -> Result<(), LaunchError> {
             below("row", from, rows.shape.rows)?;
             below("row", to, rows.shape.rows)?;
-            let all = rows.argument(self);
-            let mut launch = self.stream().launch_builder(self.kernel("fork_row")?);
-            launch.arg(&all).arg(&from).arg(&to).arg(&choice);
-            // SAFETY: arguments match `fork_row` in sampling_rows.cu, which stays within the two rows checked above.
-            launched("fork_row", unsafe { launch.launch(grid(BLOCKS, THREADS)) })
+            let argument = Fork { all: rows.argument(self), from, to, choice };
+            let (grid, function) = (Grid::of([BLOCKS, 1], THREADS), self.kernel("fork_row")?);
+            // SAFETY: the argument is that of `fork_row` in sampling_rows.cu, which stays within the two rows checked above and
+            // waits first.
+            launched("fork_row", unsafe { grid.queue(self, function, &argument) })
         }
 
         /// Queues a release: nobody has the row.
@@ -452,13 +468,17 @@ mod launch {
             if count == 0 {
                 return Ok(());
             }
-            let all = rows.argument(self);
-            let mut launch = self.stream().launch_builder(self.kernel("last_tokens")?);
-            launch.arg(&all).arg(of).arg(tokens).arg(&count);
-            // SAFETY: arguments match `last_tokens` in sampling_rows.cu, which bounds rows and stays within the length checked.
-            launched("last_tokens", unsafe {
-                launch.launch(grid(count.div_ceil(THREADS), THREADS))
-            })
+            let argument = LastTokens {
+                all: rows.argument(self),
+                rows: of.device_ptr(self.stream()).0,
+                tokens: tokens.device_ptr_mut(self.stream()).0,
+                count,
+            };
+            let grid = Grid::of([count.div_ceil(THREADS), 1], THREADS);
+            let function = self.kernel("last_tokens")?;
+            // SAFETY: the argument is that of `last_tokens` in sampling_rows.cu, which bounds rows, stays within the length checked
+            // and waits first.
+            launched("last_tokens", unsafe { grid.queue(self, function, &argument) })
         }
     }
 }

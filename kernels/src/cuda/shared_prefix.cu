@@ -20,6 +20,7 @@ struct SharedPrefix {
     const uint32_t* lengths;  // [sequences], the query's own position included
     const uint32_t* begins;   // [groups + 1], the sequences where groups begin
     const uint32_t* blocks;   // [groups], that its sequences share
+    const void* queries;      // [sequences][heads][D]
     uint32_t groups;
     uint32_t sequences;
     uint32_t table_width;
@@ -103,7 +104,8 @@ struct Line {
     uint32_t items;
     uint32_t pieces;
 
-    __device__ __forceinline__ uint32_t begin(uint32_t piece) const { return piece_begin(items, piece, pieces); }
+    __device__ __forceinline__ uint32_t begin(uint32_t piece) const { return Pieces(items, pieces).begin(piece); }
+    __device__ __forceinline__ uint32_t of(uint32_t item) const { return Pieces(items, pieces).of(item); }
     // So that no rows lie across more pieces than parts are put together.
     __device__ __forceinline__ Line(uint32_t items, uint32_t most_tiles) : items(items) {
         uint64_t most = most_tiles == 0 ? 0 : static_cast<uint64_t>(items) * (MOST_PARTS - 2) / most_tiles;
@@ -154,7 +156,7 @@ __device__ __forceinline__ uint32_t part_of(uint32_t piece, bool has_begin) { re
 template <int D, typename TILE>
 __device__ __forceinline__ void write(const TILE& tile, const SharedPrefix& prefix, const Unit& unit, const Line& line, float v_scale) {
     uint32_t begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
-    uint32_t from = piece_of(line.items, unit.first_item, line.pieces), last = piece_of(line.items, unit.first_item + unit.tiles - 1, line.pieces);
+    uint32_t from = line.of(unit.first_item), last = line.of(unit.first_item + unit.tiles - 1);
     bool has_begin = unit.first_item >= begin, is_whole = has_begin && unit.first_item + unit.tiles <= end;
     Part<D>& part = reinterpret_cast<Part<D>*>(prefix.parts)[part_of(blockIdx.x, has_begin)];
 #pragma unroll
@@ -168,8 +170,10 @@ __device__ __forceinline__ void write(const TILE& tile, const SharedPrefix& pref
     }
 }
 
-template <typename T, typename KV, int D> __device__ __forceinline__ void shared_prefix(const SharedPrefix& prefix, const T* queries) {
+template <typename T, typename KV, int D> __device__ __forceinline__ void shared_prefix(const SharedPrefix& prefix) {
     extern __shared__ __align__(1024) uint8_t bytes[];
+    let_next_begin();
+    wait_for_previous();
     auto& memory = *reinterpret_cast<Memory<KV, D>*>(bytes);
     constexpr uint32_t N = Tiles<KV, D>::POSITIONS;
     bool has_groups = is_ascending(prefix);
@@ -189,7 +193,7 @@ template <typename T, typename KV, int D> __device__ __forceinline__ void shared
         Unit unit(prefix, memory.before, item, N);
         uint32_t first = item - unit.first_item, count = min(unit.tiles - first, end - item);
         RowTile<T, KV, D> tile(memory.tiles);
-        attend_unit(tile, prefix, unit, queries, first, count);
+        attend_unit(tile, prefix, unit, static_cast<const T*>(prefix.queries), first, count);
         write<D>(tile, prefix, unit, line, Layout<KV, D>::scale(prefix.arena, prefix.layer, 1, unit.head));
         item += count;
     }
@@ -197,6 +201,8 @@ template <typename T, typename KV, int D> __device__ __forceinline__ void shared
 
 // Puts the parts of rows that lie across pieces together, a warp a row.
 template <int D> __device__ __forceinline__ void merge(const SharedPrefix& prefix) {
+    let_next_begin();
+    wait_for_previous();
     uint32_t lane = threadIdx.x % WARP, heads = prefix.arena.kv_heads * prefix.group;
     uint32_t row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, sequence = row / heads;
     if (sequence >= prefix.sequences || prefix.results.lengths[sequence] == 0) return;
@@ -232,8 +238,8 @@ template <int D> __device__ __forceinline__ void merge(const SharedPrefix& prefi
 
 #define PREFIX(name, T, KV, D)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
-        shared_prefix_##name##_##D(const __grid_constant__ SharedPrefix prefix, const T* queries) {                  \
-        shared_prefix<T, KV, D>(prefix, queries);                                                                    \
+        shared_prefix_##name##_##D(const __grid_constant__ SharedPrefix prefix) {                                    \
+        shared_prefix<T, KV, D>(prefix);                                                                             \
     }
 #define PREFIXES(name, T, KV) PREFIX(name, T, KV, 64) PREFIX(name, T, KV, 96) PREFIX(name, T, KV, 128) PREFIX(name, T, KV, 256)
 

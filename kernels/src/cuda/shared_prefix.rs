@@ -32,13 +32,12 @@ pub(super) use launch::{MODULE, PrefixArgument, PrefixScratch};
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use cudarc::driver::{
-        CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-    };
+    use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
+    use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same};
     use crate::cuda::{
@@ -140,6 +139,7 @@ mod launch {
         lengths: u64,
         begins: u64,
         blocks: u64,
+        queries: u64,
         groups: u32,
         sequences: u32,
         attention: AttentionArgument,
@@ -147,9 +147,6 @@ mod launch {
         across: u64,
         results: PrefixArgument,
     }
-
-    // SAFETY: numbers alone, laid out as in C.
-    unsafe impl DeviceRepr for Argument {}
 
     impl Kernels {
         /// Queues attention to what is shared, for a launch of decode attention that was checked.
@@ -172,6 +169,7 @@ mod launch {
                 lengths: input.lengths.device_ptr(stream).0,
                 begins: prefixes.begins.device_ptr(stream).0,
                 blocks: prefixes.blocks.device_ptr(stream).0,
+                queries: q.device_ptr(stream).0,
                 groups,
                 sequences: decode.sequences,
                 attention: decode.attention(&arena.shape),
@@ -182,26 +180,17 @@ mod launch {
             // Two stages of 64 positions, of 32 where heads are large.
             let positions = if dims > 128 { 32 } else { 64 };
             let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
-            let config = LaunchConfig {
-                grid_dim: (BLOCKS * self.multiprocessors(), 1, 1),
-                block_dim: (THREADS, 1, 1),
-                shared_mem_bytes: 2 * 2 * positions * row + 1024 + groups * 4,
-            };
-            let mut launch = stream.launch_builder(function);
-            launch.arg(&argument).arg(q);
-            // SAFETY: the arguments are those of `shared_prefix_*` in shared_prefix.cu, which stays within the lengths checked and
-            // bounds groups, blocks, lengths and block ids by them.
-            launched("shared_prefix", unsafe { launch.launch(config) })?;
+            let shared_bytes = 2 * 2 * positions * row + 1024 + groups * 4;
+            let grid = Grid::of([BLOCKS * self.multiprocessors(), 1], THREADS);
+            let grid = Grid { shared_bytes, ..grid }.spread(self, BLOCKS);
+            // SAFETY: the argument is that of `shared_prefix_*` in shared_prefix.cu, which stays within the lengths checked, bounds
+            // groups, blocks, lengths and block ids by them and waits first.
+            launched("shared_prefix", unsafe { grid.queue(self, function, &argument) })?;
             let rows = decode.sequences * decode.heads;
-            let config = LaunchConfig {
-                grid_dim: (rows.div_ceil(THREADS / 32), 1, 1),
-                shared_mem_bytes: 0,
-                ..config
-            };
-            let mut launch = stream.launch_builder(self.kernel(&format!("merge_prefixes_{dims}"))?);
-            launch.arg(&argument);
-            // SAFETY: the argument is that of `merge_prefixes_*`, which reads what the launch before it has written.
-            launched("merge_prefixes", unsafe { launch.launch(config) })
+            let grid = Grid::of([rows.div_ceil(THREADS / 32), 1], THREADS);
+            let function = self.kernel(&format!("merge_prefixes_{dims}"))?;
+            // SAFETY: the argument is that of `merge_prefixes_*`, which waits for what the launch before it writes.
+            launched("merge_prefixes", unsafe { grid.queue(self, function, &argument) })
         }
     }
 }

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{
 };
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 
-use super::beside::{Begins, Grid};
+use super::beside::Grid;
 use super::device::{Module, driver};
 use super::launch::{at_least, launched, len};
 use super::{DeviceError, GateActivation, Kernels, LaunchError, Linear, Onto, Real};
@@ -97,11 +97,10 @@ impl Tile {
     /// Two threads a row, and the warp that asks.
     fn grid(&self, clusters: u32) -> Grid {
         Grid {
-            blocks: clusters * CLUSTER,
+            blocks: [clusters * CLUSTER, 1],
             cluster: CLUSTER,
             threads: self.rows * 2 + 32,
             shared_bytes: self.shared_bytes(),
-            begins: Begins::Beside,
         }
     }
 

@@ -161,7 +161,7 @@ struct FewRow {
 impl Kernels {
     /// Queues a product of at most 16 rows. Shapes as in [`Linear::reference`].
     ///
-    /// The weights are read ahead of what is before in the stream: they must not be what the launch just before writes.
+    /// The weights are read ahead of what is before in the stream: they must not be what a launch before it writes.
     ///
     /// # Errors
     /// When lengths do not fit, there are more rows, or a row of x is no multiple of 8.

@@ -563,45 +563,60 @@ __device__ __forceinline__ uint32_t arrive(uint32_t* count) {
     return before;
 }
 
-// The parts of a block's warps, put together a warp a row; what reaches beyond the block goes to memory, and who comes last puts it
-// together.
-template <typename T, typename KV, int D, int N, int STAGES>
-__device__ __forceinline__ void finish(const Decode& decode, Shared<KV, D, N, STAGES>& shared, Sequences all, T* results, const Pieces& pieces) {
+// The ends of a block: the parts of its warps are put together, a warp a row; what reaches beyond the block goes to memory, and the
+// block that comes last puts that together.
+template <typename T, typename KV, int D, int N, int STAGES> struct Ends {
     using P = Part<D, N * HEADS>;
     // Parts that are asked for at once.
-    constexpr int BATCH = D > 128 ? 8 : 16;
+    static constexpr int BATCH = D > 128 ? 8 : 16;
+
+    const Decode& decode;
+    Shared<KV, D, N, STAGES>& shared;
+    Sequences all;
+    T* results;
+    const Pieces& pieces;
     uint32_t kv_heads = decode.arena.kv_heads, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    uint32_t begin = pieces.begin(blockIdx.x), end = pieces.begin(blockIdx.x + 1);
     P* parts = reinterpret_cast<P*>(decode.parts);
-    uint32_t index = lane < 2 * WARPS ? shared.owners[lane] : NOTHING;
-    for (uint32_t left = __ballot_sync(~0u, index != NOTHING); left != 0;) {
-        uint32_t one = __shfl_sync(~0u, index, __ffs(left) - 1), members = __ballot_sync(~0u, index == one);
-        left &= ~members;
-        Owner owner(all, kv_heads, one);
-        bool has_begin = owner.first >= begin, is_whole = has_begin && owner.last < end;
-        for (uint32_t row = warp; row < decode.group; row += WARPS) {
-            Row<D> whole;
-            whole.template add<2 * WARPS>(members, row, [&](uint32_t i) { return &shared.parts[i]; }, [](const auto* at) { return *at; });
-            if (is_whole) whole.write(decode, results, owner.sequence, owner.head * decode.group + row);
-            else whole.keep(parts[2 * blockIdx.x + has_begin], row);
-        }
-        if (!is_whole && threadIdx.x == 0) shared.crossing[has_begin] = one;
+
+    __device__ __forceinline__ void finish() {
+        put_own_together();
+        __syncthreads();
+        if (threadIdx.x < 2) claim(threadIdx.x);
+        __syncthreads();
+        for (uint32_t which = 0; which < 2; which++)
+            if (shared.crossing[which] != NOTHING) put_all_together(shared.crossing[which]);
     }
-    __syncthreads();
-    if (threadIdx.x < 2) {
-        uint32_t one = shared.crossing[threadIdx.x];
-        if (one != NOTHING) {
+
+    __device__ __forceinline__ void put_own_together() {
+        uint32_t begin = pieces.begin(blockIdx.x), end = pieces.begin(blockIdx.x + 1);
+        uint32_t index = lane < 2 * WARPS ? shared.owners[lane] : NOTHING;
+        for (uint32_t left = __ballot_sync(~0u, index != NOTHING); left != 0;) {
+            uint32_t one = __shfl_sync(~0u, index, __ffs(left) - 1), members = __ballot_sync(~0u, index == one);
+            left &= ~members;
             Owner owner(all, kv_heads, one);
-            uint32_t others = pieces.of(owner.last) - pieces.of(owner.first);
-            // For the next launch it is 0 again.
-            if (arrive(&decode.arrived[one]) == others) decode.arrived[one] = 0;
-            else shared.crossing[threadIdx.x] = NOTHING;
+            bool has_begin = owner.first >= begin, is_whole = has_begin && owner.last < end;
+            for (uint32_t row = warp; row < decode.group; row += WARPS) {
+                Row<D> whole;
+                whole.template add<2 * WARPS>(members, row, [&](uint32_t i) { return &shared.parts[i]; }, [](const auto* at) { return *at; });
+                if (is_whole) whole.write(decode, results, owner.sequence, owner.head * decode.group + row);
+                else whole.keep(parts[2 * blockIdx.x + has_begin], row);
+            }
+            if (!is_whole && threadIdx.x == 0) shared.crossing[has_begin] = one;
         }
     }
-    __syncthreads();
-    for (uint32_t which = 0; which < 2; which++) {
+
+    // What reaches beyond this block is its own to put together where all others have left their parts.
+    __device__ __forceinline__ void claim(uint32_t which) {
         uint32_t one = shared.crossing[which];
-        if (one == NOTHING) continue;
+        if (one == NOTHING) return;
+        Owner owner(all, kv_heads, one);
+        uint32_t others = pieces.of(owner.last) - pieces.of(owner.first);
+        // For the next launch it is 0 again.
+        if (arrive(&decode.arrived[one]) == others) decode.arrived[one] = 0;
+        else shared.crossing[which] = NOTHING;
+    }
+
+    __device__ __forceinline__ void put_all_together(uint32_t one) {
         Owner owner(all, kv_heads, one);
         uint32_t from = pieces.of(owner.first), count = pieces.of(owner.last) - from + 1;
         for (uint32_t row = warp; row < decode.group; row += WARPS) {
@@ -615,6 +630,15 @@ __device__ __forceinline__ void finish(const Decode& decode, Shared<KV, D, N, ST
             whole.write(decode, results, owner.sequence, owner.head * decode.group + row);
         }
     }
+};
+
+// Results of sequences that have no position beside what they share.
+template <int D, typename T> __device__ __forceinline__ void write_empty(const Decode& decode, Sequences all, T* results) {
+    uint32_t row = decode.arena.kv_heads * decode.group * D;
+    for (uint32_t s = blockIdx.x; s < decode.sequences; s += gridDim.x)
+        if (all.is_empty(s))
+            for (uint32_t i = threadIdx.x; i < row; i += blockDim.x)
+                results[static_cast<size_t>(s) * row + i] = from_float<T>(Whole<D>(decode, s, i / D, -INFINITY, 0).of(0, i % D));
 }
 
 template <typename T, typename KV, int D, int N, int STAGES>
@@ -625,7 +649,7 @@ __device__ __forceinline__ void decode_attention(const Decode& decode) {
     T* results = static_cast<T*>(decode.results);
     auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
     Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1, shared.sequences + 2 * decode.sequences + 1};
-    uint32_t warp = threadIdx.x / WARP, row = decode.arena.kv_heads * decode.group * D;
+    uint32_t warp = threadIdx.x / WARP;
 #if BULK_COPIES
     if (threadIdx.x % WARP == 0)
         for (int stage = 0; stage < STAGES; stage++) barrier_init(shared_address(&shared.barriers[warp][stage]), 1);
@@ -635,10 +659,7 @@ __device__ __forceinline__ void decode_attention(const Decode& decode) {
     if (threadIdx.x < 2) shared.crossing[threadIdx.x] = NOTHING;
     wait_for_previous();
     look(decode, all, shared.scratch);
-    for (uint32_t s = blockIdx.x; s < decode.sequences; s += gridDim.x)
-        if (all.is_empty(s))
-            for (uint32_t i = threadIdx.x; i < row; i += blockDim.x)
-                results[static_cast<size_t>(s) * row + i] = from_float<T>(Whole<D>(decode, s, i / D, -INFINITY, 0).of(0, i % D));
+    write_empty<D>(decode, all, results);
     uint32_t items = all.before[decode.sequences] * decode.arena.kv_heads;
     uint32_t count = min(gridDim.x, (items + WARPS - 1) / WARPS);
     if (blockIdx.x >= count) return;
@@ -648,7 +669,7 @@ __device__ __forceinline__ void decode_attention(const Decode& decode) {
     Worker<T, KV, D, N, STAGES> worker(decode, shared, all);
     worker.run(queries, results, begin + own.begin(warp), begin + own.begin(warp + 1));
     __syncthreads();
-    finish<T>(decode, shared, all, results, pieces);
+    Ends<T, KV, D, N, STAGES>{decode, shared, all, results, pieces}.finish();
 }
 
 #define DECODE(name, T, KV, D, N, STAGES)                                                                   \

@@ -285,7 +285,7 @@ fn name<T: Real>(shape: &Linear) -> String {
 impl Kernels {
     /// Queues the product, by the way that is best for it. Shapes as in [`Linear::reference`].
     ///
-    /// The weights may be read ahead of what is before in the stream: they must not be what the launch just before writes. Blocks may
+    /// The weights may be read ahead of what is before in the stream: they must not be what a launch before it writes. Blocks may
     /// wait for each other: nothing else may keep multiprocessors until this launch has ended.
     ///
     /// # Errors

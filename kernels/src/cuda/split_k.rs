@@ -278,7 +278,7 @@ impl Kernels {
     /// Queues a product of at most 1,024 rows, on Hopper. Shapes as in [`Linear::reference`]; `cut`: one of
     /// [`SplitKScratch::cuts`] of this shape.
     ///
-    /// The weights are read ahead of what is before in the stream: they must not be what the launch just before writes. Blocks
+    /// The weights are read ahead of what is before in the stream: they must not be what a launch before it writes. Blocks
     /// wait for each other: nothing else may keep multiprocessors until this launch has ended.
     ///
     /// # Errors

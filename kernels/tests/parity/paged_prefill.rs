@@ -1,14 +1,14 @@
 //! Paged prefill attention.
 
 use fastrand::Rng;
-use half::bf16;
+use half::{bf16, f16};
 use kernels::cuda::{
-    Arena, ArenaShape, Chunks, Kernels, KvHalf, PagedPrefill, PrefillInput, Real, Slot,
+    Arena, ArenaShape, Chunks, E4m3, Kernels, KvHalf, PagedPrefill, PrefillInput, Real, Slot,
 };
 
 use crate::support::{
-    KvCase, KvNumber, any_kv_dtype, cases, download, expect_close, kernels, numbers, tolerance,
-    upload, widened,
+    KvCase, KvNumber, any_kv_dtype, cases, download, expect_close, kernels, numbers, once,
+    tolerance, upload, widened,
 };
 
 struct Case<T, KV> {
@@ -21,8 +21,7 @@ struct Case<T, KV> {
 }
 
 impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
-    fn random(random: &mut Rng) -> Self {
-        let head_dim = random.choice([64, 96, 128, 128, 256]).unwrap_or(64);
+    fn random(random: &mut Rng, (head_dim, is_capped): (u32, bool)) -> Self {
         let kv_heads = random.u32(1..=3);
         let block_size = random.choice([8, 16, 32, 64]).unwrap_or(16);
         let arena_shape = ArenaShape {
@@ -53,7 +52,7 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
             // With large scales, scores rise beyond what the base of the exponentials was chosen for.
             scale: random.choice([1.0, 1.0, 8.0, 60.0]).unwrap_or(1.0) / (head_dim as f32).sqrt(),
             window: random.bool().then(|| random.u32(1..400)),
-            soft_cap: random.bool().then(|| random.f32() * 30.0 + 0.5),
+            soft_cap: is_capped.then(|| random.f32() * 30.0 + 0.5),
         };
         let blocks = arena_shape.blocks;
         let mut tables: Vec<u32> =
@@ -104,11 +103,28 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
 #[test]
 fn paged_prefill_is_its_reference() {
     let kernels = kernels();
-    cases(100, |random| any_kv_dtype!(random, check_random(random, &kernels)));
+    cases(100, |random| {
+        let which = (random.choice([64, 96, 128, 128, 256]).unwrap_or(64), random.bool());
+        any_kv_dtype!(random, check_random(random, &kernels, which));
+    });
 }
 
-fn check_random<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
-    Case::<T, KV>::random(random).check(kernels);
+/// Each of those with Hopper's matrix instructions runs, whatever is drawn.
+#[test]
+fn every_kernel_is_its_reference() {
+    let kernels = kernels();
+    once(|random| {
+        for which in [(64, false), (64, true), (128, false), (128, true)] {
+            check_random::<bf16, bf16>(random, &kernels, which);
+            check_random::<bf16, E4m3>(random, &kernels, which);
+            check_random::<f16, f16>(random, &kernels, which);
+            check_random::<f16, E4m3>(random, &kernels, which);
+        }
+    });
+}
+
+fn check_random<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels, which: (u32, bool)) {
+    Case::<T, KV>::random(random, which).check(kernels);
 }
 
 /// Positions that nobody has written hold anything, also what is no number.

@@ -11,9 +11,16 @@ pub(crate) fn kernels() -> Kernels {
 }
 
 /// Runs `one` on random cases; a failure names the seed that repeats it.
-pub(crate) fn cases(default: u64, mut one: impl FnMut(&mut Rng)) {
-    let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
-    let count = number("BINDERY_CASES").unwrap_or(default);
+pub(crate) fn cases(default: u64, one: impl FnMut(&mut Rng)) {
+    run(number("BINDERY_CASES").unwrap_or(default), one);
+}
+
+/// Runs `one` once, whatever number of cases is wanted: it goes through all there is by itself.
+pub(crate) fn once(one: impl FnMut(&mut Rng)) {
+    run(1, one);
+}
+
+fn run(count: u64, mut one: impl FnMut(&mut Rng)) {
     let first = number("BINDERY_SEED").unwrap_or_else(|| fastrand::u64(..1 << 40));
     eprintln!("{count} cases from BINDERY_SEED={first}");
     for seed in first..first + count {
@@ -22,6 +29,10 @@ pub(crate) fn cases(default: u64, mut one: impl FnMut(&mut Rng)) {
             panic!("failed with BINDERY_SEED={seed} BINDERY_CASES=1");
         }
     }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
 }
 
 /// Numbers from -1 to 1 as the dtype holds them.

@@ -16,7 +16,8 @@
 constexpr int TILE = 16;
 // Query heads of one matrix instruction.
 constexpr int HEADS = 8;
-constexpr int WARPS = 4;
+// As many as leave a block room in the shared memory of sm_86 and sm_89, 99 KiB, where there is no more.
+constexpr int WARPS = BULK_COPIES ? 4 : 2;
 // How far above the maximum a score may be, in powers of two.
 constexpr float SLACK = 8.0f;
 

@@ -62,7 +62,7 @@ mod launch {
     use crate::cpu::KernelError;
     use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
-    use crate::cuda::beside::Grid;
+    use crate::cuda::beside::{Begins, Grid};
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same};
     use crate::cuda::shared_prefix::{PrefixArgument, PrefixInput, PrefixScratch};
@@ -71,8 +71,6 @@ mod launch {
     /// As in the kernel.
     const TILE: u32 = 16;
     const HEADS: u32 = 8;
-    const WARPS: u32 = 4;
-    const THREADS: u32 = WARPS * 32;
     /// Sequences of a launch: their sums are in shared memory.
     const MOST_SEQUENCES: u32 = 4096;
 
@@ -84,14 +82,25 @@ mod launch {
         most_shared: 227 << 10,
     };
 
-    /// Stages of a warp, as the kernel of such rows of K and V has them.
-    fn stages(row_bytes: u32) -> u32 {
-        match row_bytes {
-            ..128 => 8,
-            128 => 4,
+    /// Warps of a block, as the kernel that was built for such launches has them.
+    fn warps(begins: Begins) -> u32 {
+        match begins {
+            Begins::Beside => 4,
+            Begins::After => 2,
+        }
+    }
+
+    /// Bytes of shared memory of a block: two halves of a tile for each stage of a warp; two parts of a warp, which have a maximum
+    /// and a sum beside each row; three numbers a sequence. `heads`: rows of a part; `row`: bytes of a row of K or V.
+    fn shared_bytes(warps: u32, sequences: u32, heads: u32, (dims, row): (u32, u32)) -> u32 {
+        let stages = match row {
+            ..=64 => 8,
+            65..=128 => 4,
             129..=256 => 2,
             _ => 1,
-        }
+        };
+        let (tiles, parts) = (warps * stages * 2 * TILE * row, 2 * warps * heads * (dims + 2) * 4);
+        tiles + parts + 1024 + sequences * 12
     }
 
     /// Shared memory of a multiprocessor, and what a block takes of it beside its own.
@@ -238,12 +247,10 @@ mod launch {
             }
             let argument = self.argument((shape, prefix), (arena, input), (q, out), scratch);
             let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
-            let tiles = WARPS * stages(row) * 2 * TILE * row;
-            let parts = 2 * WARPS * heads * (dims + 2) * 4;
-            let rest = 1024 + shape.sequences * 12;
-            let shared_bytes = tiles + parts + rest;
+            let warps = warps(self.begins());
+            let shared_bytes = shared_bytes(warps, shape.sequences, heads, (dims, row));
             let blocks = (SHARED / (shared_bytes + PER_BLOCK)).clamp(1, BLOCKS);
-            let grid = Grid::of([self.multiprocessors() * blocks, 1], THREADS);
+            let grid = Grid::of([self.multiprocessors() * blocks, 1], warps * 32);
             let grid = Grid { shared_bytes, ..grid }.spread(self, blocks);
             // SAFETY: the argument is that of `decode_*` in paged_decode.cu, which stays within the lengths checked above, bounds
             // lengths and block ids by them and waits before it reads.
@@ -269,6 +276,29 @@ mod launch {
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 arrived: scratch.arrived.device_ptr_mut(stream).0,
                 prefix,
+            }
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        /// A block's most, in bytes: of sm_86 and sm_89, and of Hopper.
+        const ADA: u32 = 99 << 10;
+        const HOPPER: u32 = 227 << 10;
+
+        #[test]
+        fn a_block_fits_into_the_shared_memory_of_every_device() {
+            for (dims, bytes) in [64, 96, 128, 256].into_iter().flat_map(|it| [(it, 1), (it, 2)]) {
+                for heads in [HEADS, 2 * HEADS] {
+                    let of = |begins, sequences| {
+                        shared_bytes(warps(begins), sequences, heads, (dims, dims * bytes))
+                    };
+                    let most = if dims == 256 && heads > HEADS { 128 } else { 2048 };
+                    assert!(of(Begins::After, most) <= ADA, "{dims} {bytes} {heads}");
+                    assert!(of(Begins::Beside, most) <= HOPPER, "{dims} {bytes} {heads}");
+                }
             }
         }
     }

@@ -7,14 +7,13 @@
 mod support;
 
 use cudarc::driver::CudaSlice;
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fastrand::Rng;
 use half::bf16;
 use kernels::cuda::{
     Admission, Arena, ArenaShape, BlockPairs, DecodeInput, DecodeScratch, Draw, Gate,
-    GateActivation, Gather, Kernels, Linear, Onto, PagedDecode, PagedPrefill, PrefillInput,
-    PrefixInput, Products, RmsNorm, RopeInput, RopeStore, Sample, SampleOutput, SampleScratch,
-    SamplingParams, SamplingRows, SamplingShape, TokenScore,
+    GateActivation, Gather, Kernels, LaunchError, Linear, Onto, PagedDecode, PagedPrefill,
+    PrefillInput, PrefixInput, Products, RmsNorm, RopeInput, RopeStore, Sample, SampleOutput,
+    SampleScratch, SamplingParams, SamplingRows, SamplingShape, TokenScore,
 };
 
 use support::{KvCase, cases, download, kernels, numbers, poisoned, upload, widened};
@@ -291,11 +290,11 @@ fn a_chain_of_all_operations_is_the_same_every_time() {
         chain.begin();
         (0..STEPS * REPLAYS).for_each(|_| chain.step(|| ()));
         assert_eq!(chain.left(), wanted, "{} rows", chain.rows);
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).unwrap();
-        (0..STEPS).for_each(|_| chain.step(|| ()));
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags).unwrap().unwrap();
+        let steps = || {
+            (0..STEPS).for_each(|_| chain.step(|| ()));
+            Ok::<_, LaunchError>(())
+        };
+        let graph = kernels.captured(steps).unwrap();
         for _ in 0..5 {
             chain.begin();
             (0..REPLAYS).for_each(|_| graph.launch().unwrap());

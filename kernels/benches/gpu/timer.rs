@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr};
 use half::bf16;
 use kernels::cuda::{Arena, ArenaShape, Kernels};
@@ -74,15 +74,9 @@ impl Timer {
         launches: usize,
         mut launch: impl FnMut(usize) -> Result<(), Box<dyn Error>>,
     ) -> Result<Captured, Box<dyn Error>> {
-        let stream = self.kernels.stream();
         launch(0)?;
-        stream.synchronize()?;
-        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        for index in 0..launches {
-            launch(index)?;
-        }
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
+        self.kernels.stream().synchronize()?;
+        let graph = self.kernels.captured(|| (0..launches).try_for_each(launch))?;
         Ok(Captured { graph, launches })
     }
 

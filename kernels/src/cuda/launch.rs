@@ -1,6 +1,7 @@
 //! What every launch needs: checks of lengths, the kernel by its name.
 
-use cudarc::driver::{CudaFunction, DriverError};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaFunction, CudaGraph, DriverError};
 
 use super::{Kernels, LaunchError};
 use crate::cpu::KernelError;
@@ -61,6 +62,26 @@ pub(super) fn launched<T>(
 }
 
 impl Kernels {
+    /// Records what `queue` queues as a graph, in place of running it. Launched again and again, it has the same arguments: what they
+    /// point to must live as long.
+    ///
+    /// # Errors
+    /// When `queue` fails or queues nothing, or the driver refuses.
+    pub fn captured<E: From<LaunchError>>(
+        &self,
+        queue: impl FnOnce() -> Result<(), E>,
+    ) -> Result<CudaGraph, E> {
+        let refused = |source| LaunchError::Driver { what: "to capture a graph", source };
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream().begin_capture(mode).map_err(refused)?;
+        let queued = queue();
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = self.stream().end_capture(flags);
+        queued?;
+        let nothing = || LaunchError::Unsupported("a graph of nothing".to_owned());
+        Ok(graph.map_err(refused)?.ok_or_else(nothing)?)
+    }
+
     /// A kernel, or that none was built.
     pub(super) fn kernel(&self, name: &str) -> Result<&CudaFunction, LaunchError> {
         self.function(name).ok_or_else(|| LaunchError::Unsupported(name.to_owned()))

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DriverError};
 
 use super::choices::{Choices, Kept};
@@ -15,7 +15,6 @@ use super::few_row::{self, FewRowScratch};
 use super::gemm::{Algorithm, Gemm};
 use super::split_k::{Cut, SplitKScratch};
 use super::{DeviceError, GateActivation, Kernels, LaunchError, Linear, Onto, Real};
-use crate::cpu::KernelError;
 
 /// Of our ways to a product, and of the library's proposals, how many are timed.
 const OURS: usize = 16;
@@ -188,17 +187,10 @@ impl Products {
         (x, weights): (&CudaSlice<T>, &[&CudaSlice<T>]),
         out: &mut CudaSlice<T>,
     ) -> Result<CudaGraph, LaunchError> {
-        let refused = |source| LaunchError::Driver { what: "to time a product", source };
-        let stream = kernels.stream();
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(refused)?;
-        let mut launches = weights.iter().cycle().take(LAUNCHES);
-        let queued = launches.try_for_each(|w| kernels.linear_by(way, shape, (x, w), out, self));
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags);
-        queued?;
-        let empty = KernelError::Length { what: "weights", wanted: 1, got: 0 };
-        Ok(graph.map_err(refused)?.ok_or(empty)?)
+        kernels.captured(|| {
+            let mut launches = weights.iter().cycle().take(LAUNCHES);
+            launches.try_for_each(|w| kernels.linear_by(way, shape, (x, w), out, self))
+        })
     }
 
     /// The way that was found to be the fastest, or should be.

@@ -2,7 +2,6 @@
 
 use std::error::Error;
 
-use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr};
 use half::bf16;
 use kernels::cuda::{Arena, ArenaShape, Kernels};
@@ -25,17 +24,6 @@ pub(crate) struct Captured {
     launches: usize,
 }
 
-impl Captured {
-    /// Microseconds of one launch.
-    fn replay(&self, kernels: &Kernels) -> Result<f64, Box<dyn Error>> {
-        let stream = kernels.stream();
-        let begin = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-        self.graph.launch()?;
-        let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-        Ok(f64::from(begin.elapsed_ms(&end)?) * 1e3 / self.launches as f64)
-    }
-}
-
 impl Timer {
     pub(crate) fn new() -> Result<Self, Box<dyn Error>> {
         let mut timer = Self { kernels: Kernels::open(0)?, copy_rate: 0.0 };
@@ -50,10 +38,8 @@ impl Timer {
         let stream = self.kernels.stream();
         let mut least = f64::INFINITY;
         for _ in 0..REPLAYS {
-            let begin = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-            stream.memcpy_dtod(from, to)?;
-            let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
-            least = least.min(f64::from(begin.elapsed_ms(&end)?) * 1e3);
+            let time = self.kernels.timed(|| stream.memcpy_dtod(from, to))?;
+            least = least.min(f64::from(time) * 1e3);
         }
         Ok(least)
     }
@@ -80,25 +66,13 @@ impl Timer {
         Ok(Captured { graph, launches })
     }
 
-    /// Microseconds of one launch of each, the median of replays in turns: a device at its limit of power slows down, which would
-    /// speak for who comes first.
+    /// Microseconds of one launch of each, in turns.
     pub(crate) fn in_turns<const N: usize>(
         &self,
-        graphs: [&Captured; N],
+        captured: [&Captured; N],
     ) -> Result<[f64; N], Box<dyn Error>> {
-        let mut times = [const { Vec::new() }; N];
-        for replay in 0..REPLAYS + WARM_UP {
-            for (captured, times) in graphs.iter().zip(&mut times) {
-                let time = captured.replay(&self.kernels)?;
-                if replay >= WARM_UP {
-                    times.push(time);
-                }
-            }
-        }
-        Ok(times.map(|mut times| {
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        }))
+        let times = self.kernels.replayed(&captured.map(|it| &it.graph), (WARM_UP, REPLAYS))?;
+        Ok(std::array::from_fn(|i| f64::from(times[i]) * 1e3 / captured[i].launches as f64))
     }
 
     /// Random numbers in device memory: a few MiB of them, again and again.

@@ -57,12 +57,6 @@ __device__ __forceinline__ uint64_t evict_first() {
     return policy;
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
-}
-
 // Where a row of a tile begins.
 __device__ __forceinline__ uint32_t row_offset(uint32_t row) { return row * ROW_BYTES + (row + 1) / 2 * APART; }
 

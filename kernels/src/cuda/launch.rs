@@ -1,6 +1,6 @@
 //! What every launch needs: checks of lengths, the kernel by its name.
 
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaFunction, CudaGraph, DriverError};
 
 use super::{Kernels, LaunchError};
@@ -53,6 +53,12 @@ pub(super) fn whole_eights(what: &'static str, width: u32) -> Result<(), LaunchE
     Err(LaunchError::Unsupported(format!("{what} {width}: a multiple of {EIGHT} is wanted")))
 }
 
+/// Not a number where there are none.
+fn median(mut values: Vec<f32>) -> f32 {
+    values.sort_by(f32::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f32::NAN)
+}
+
 /// What the driver said of a launch.
 pub(super) fn launched<T>(
     what: &'static str,
@@ -80,6 +86,42 @@ impl Kernels {
         queued?;
         let nothing = || LaunchError::Unsupported("a graph of nothing".to_owned());
         Ok(graph.map_err(refused)?.ok_or_else(nothing)?)
+    }
+
+    /// Milliseconds that each graph takes, the median of replays of which the first `warm_up` do not count. They are replayed in turns:
+    /// a device slows down at its limit of power, which would speak for what comes first. Waits for the device.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn replayed(
+        &self,
+        graphs: &[&CudaGraph],
+        (warm_up, replays): (usize, usize),
+    ) -> Result<Vec<f32>, DriverError> {
+        let mut times = vec![Vec::new(); graphs.len()];
+        for replay in 0..warm_up + replays {
+            for (graph, times) in graphs.iter().zip(&mut times) {
+                let time = self.timed(|| graph.launch())?;
+                if replay >= warm_up {
+                    times.push(time);
+                }
+            }
+        }
+        Ok(times.into_iter().map(median).collect())
+    }
+
+    /// Milliseconds that the device takes for what `queue` queues. Waits for it.
+    ///
+    /// # Errors
+    /// When `queue` fails or the driver refuses.
+    pub fn timed(
+        &self,
+        queue: impl FnOnce() -> Result<(), DriverError>,
+    ) -> Result<f32, DriverError> {
+        let event = || self.stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let begin = event()?;
+        queue()?;
+        begin.elapsed_ms(&event()?)
     }
 
     /// A kernel, or that none was built.

@@ -178,20 +178,17 @@ mod launch {
             }
             let bytes = u32::try_from(size_of::<KV>()).unwrap_or(2);
             let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
-            let (prefix, suffix) = match (is_hopper, shape.soft_cap) {
-                (false, _) => ("prefill", ""),
-                (true, None) => ("prefill_90", ""),
-                (true, Some(_)) => ("prefill_90", "_capped"),
-            };
+            let prefix = if is_hopper { "prefill_90" } else { "prefill" };
+            let suffix = if is_hopper && shape.soft_cap.is_some() { "_capped" } else { "" };
             let name = format!("{prefix}_{}{}_{dims}{suffix}", T::NAME, KV::SUFFIX);
             let function = self.kernel(&name)?;
             // Hopper: two stages of 128 rows of q, K and V, and 8 rows of results for each of 8 warps, all of 16 bits, and a warpgroup
             // more where K and V are widened; else two stages of 64 positions, of 32 where heads are large.
             let positions = if dims > 128 { 32 } else { 64 };
-            let (blocks, threads, tiles) = match (is_hopper, bytes) {
-                (false, _) => (2, 128, 2 * 2 * positions * dims * bytes),
-                (true, 1) => (1, 512, (3 * 2 * 128 + 8 * 8) * dims * 2),
-                (true, _) => (1, 384, (3 * 2 * 128 + 8 * 8) * dims * 2),
+            let (blocks, threads, tiles) = if is_hopper {
+                (1, if bytes == 1 { 512 } else { 384 }, (3 * 2 * 128 + 8 * 8) * dims * 2)
+            } else {
+                (2, 128, 2 * 2 * positions * dims * bytes)
             };
             let shared_bytes = tiles + 1024 + (shape.sequences + 1) * 4;
             let grid = Grid::of([self.multiprocessors() * blocks, 1], threads);

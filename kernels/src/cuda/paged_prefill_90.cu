@@ -29,15 +29,6 @@ __device__ __forceinline__ void arrive_if(bool is_so, uint32_t barrier) {
                  :: "r"(static_cast<int>(is_so)), "r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ uint4 load_16(uint32_t from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_16(uint32_t to, const uint4& x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-
 __device__ __forceinline__ uint32_t lane_id() {
     uint32_t id;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(id));
@@ -199,9 +190,9 @@ template <typename T, typename KV, int D> struct Producer {
 #pragma unroll 4
         for (uint32_t step = 0; step < ROWS * CHUNKS / WARP; step++) {
             uint32_t to = tile + L::chunk((step * WARP + lane) / CHUNKS, lane % CHUNKS);
-            uint4 chunk = load_16(to);
+            uint4 chunk = load_shared(to);
             using F = Fragments<T, E4m3, D>;
-            store_16(to, {F::query(chunk.x), F::query(chunk.y), F::query(chunk.z), F::query(chunk.w)});
+            store_shared(to, {F::query(chunk.x), F::query(chunk.y), F::query(chunk.z), F::query(chunk.w)});
         }
     }
 
@@ -290,7 +281,7 @@ template <typename T, typename KV, int D> struct Widener {
 #pragma unroll
             for (int i = 0; i < GROUPS; i++)
 #pragma unroll
-                for (int j = 0; j < LOADS; j++) stored[i][j] = load_16(from + i * Stored::GROUP + Stored::chunk(row, chunk + j * 4));
+                for (int j = 0; j < LOADS; j++) stored[i][j] = load_shared(from + i * Stored::GROUP + Stored::chunk(row, chunk + j * 4));
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < GROUPS; i++)
@@ -306,8 +297,8 @@ template <typename T, typename KV, int D> struct Widener {
 
     // Two chunks of a row, which are a pair wherever they lie.
     static __device__ __forceinline__ void store(uint32_t to, const uint4& stored) {
-        store_16(to, {widen(stored.x), widen(stored.x >> 16), widen(stored.y), widen(stored.y >> 16)});
-        store_16(to ^ 16, {widen(stored.z), widen(stored.z >> 16), widen(stored.w), widen(stored.w >> 16)});
+        store_shared(to, {widen(stored.x), widen(stored.x >> 16), widen(stored.y), widen(stored.y >> 16)});
+        store_shared(to ^ 16, {widen(stored.z), widen(stored.z >> 16), widen(stored.w), widen(stored.w >> 16)});
     }
 };
 
@@ -567,10 +558,11 @@ template <typename T, typename KV, int D> __device__ __forceinline__ void make_b
         }
 }
 
-template <typename T, typename KV, int D, bool CAPPED>
-__device__ __forceinline__ void prefill_attention(const Prefill& prefill, const T* queries, T* results) {
+template <typename T, typename KV, int D, bool CAPPED> __device__ __forceinline__ void prefill_attention(const Prefill& prefill) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     auto& memory = *reinterpret_cast<Memory<T, KV, D>*>(bytes);
+    const T* queries = static_cast<const T*>(prefill.queries);
+    T* results = static_cast<T*>(prefill.results);
     let_next_begin();
     if (threadIdx.x == 0) make_barriers(memory);
     proxy_fence();
@@ -593,8 +585,7 @@ __device__ __forceinline__ void prefill_attention(const Prefill& prefill, const 
         if (!work.is_none) Consumer<T, KV, D, CAPPED>{prefill, memory, results, parity, work, work, work}.run();
     }
 }
-#define BODY(T, KV, D, CAPPED) \
-    prefill_attention<T, KV, D, CAPPED>(prefill, static_cast<const T*>(prefill.queries), static_cast<T*>(prefill.results))
+#define BODY(T, KV, D, CAPPED) prefill_attention<T, KV, D, CAPPED>(prefill)
 #else
 // For other devices there is the portable path.
 #define BODY(T, KV, D, CAPPED)

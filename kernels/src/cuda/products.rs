@@ -7,8 +7,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
-use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, DriverError};
+use cudarc::driver::{CudaGraph, CudaSlice, DriverError};
 
 use super::choices::{Choices, Kept};
 use super::few_row::{self, FewRowScratch};
@@ -239,28 +238,15 @@ fn has_gate(shape: &Linear) -> bool {
     matches!(shape.onto, Onto::Gate(_))
 }
 
-/// In turns, so that a device that slows down at its limit of power slows all of them; the median of each counts, since the least
-/// would be of the moment before.
 fn fastest(kernels: &Kernels, graphs: &[(Way, CudaGraph)]) -> Result<Option<Way>, DriverError> {
-    let mut times = vec![Vec::new(); graphs.len()];
-    for _ in 0..REPLAYS {
-        for ((_, graph), times) in graphs.iter().zip(&mut times) {
-            let begin = event(kernels)?;
-            graph.launch()?;
-            times.push(begin.elapsed_ms(&event(kernels)?)? / LAUNCHES as f32);
-        }
-    }
-    let time = |(way, mut times): (Way, Vec<f32>)| {
-        times.sort_by(f32::total_cmp);
+    let replayed: Vec<_> = graphs.iter().map(|(_, graph)| graph).collect();
+    let times = kernels.replayed(&replayed, (0, REPLAYS))?;
+    let time = |((way, _), time): (&(Way, CudaGraph), f32)| {
         let extra = if way.is_library() { LIBRARY_EXTRA } else { 0.0 };
-        (way, times[times.len() / 2] + extra)
+        (*way, time / LAUNCHES as f32 + extra)
     };
-    let ways = graphs.iter().map(|(way, _)| *way).zip(times).map(time);
+    let ways = graphs.iter().zip(times).map(time);
     Ok(ways.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(way, _)| way))
-}
-
-fn event(kernels: &Kernels) -> Result<CudaEvent, DriverError> {
-    kernels.stream().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
 }
 
 /// What a shape is called in the file.

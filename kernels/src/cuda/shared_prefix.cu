@@ -99,19 +99,11 @@ struct Unit {
     }
 };
 
-// How the line is cut.
-struct Line {
-    uint32_t items;
-    uint32_t pieces;
-
-    __device__ __forceinline__ uint32_t begin(uint32_t piece) const { return Pieces(items, pieces).begin(piece); }
-    __device__ __forceinline__ uint32_t of(uint32_t item) const { return Pieces(items, pieces).of(item); }
-    // So that no rows lie across more pieces than parts are put together.
-    __device__ __forceinline__ Line(uint32_t items, uint32_t most_tiles) : items(items) {
-        uint64_t most = most_tiles == 0 ? 0 : static_cast<uint64_t>(items) * (MOST_PARTS - 2) / most_tiles;
-        pieces = min(gridDim.x, max(1u, min(items / LEAST_TILES, static_cast<uint32_t>(most))));
-    }
-};
+// Into how many pieces the line is cut: so many that no rows lie across more of them than parts are put together.
+__device__ __forceinline__ uint32_t count_pieces(uint32_t items, uint32_t most_tiles) {
+    uint64_t most = most_tiles == 0 ? 0 : static_cast<uint64_t>(items) * (MOST_PARTS - 2) / most_tiles;
+    return min(gridDim.x, max(1u, min(items / LEAST_TILES, static_cast<uint32_t>(most))));
+}
 
 // Attends with a unit's rows to the positions of `count` tiles from its `first` on.
 template <typename T, typename KV, int D>
@@ -154,7 +146,7 @@ __device__ __forceinline__ uint32_t part_of(uint32_t piece, bool has_begin) { re
 
 // Writes a unit's rows: whole, or what this piece knows of them.
 template <int D, typename TILE>
-__device__ __forceinline__ void write(const TILE& tile, const SharedPrefix& prefix, const Unit& unit, const Line& line, float v_scale) {
+__device__ __forceinline__ void write(const TILE& tile, const SharedPrefix& prefix, const Unit& unit, const Pieces& line, float v_scale) {
     uint32_t begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
     uint32_t from = line.of(unit.first_item), last = line.of(unit.first_item + unit.tiles - 1);
     bool has_begin = unit.first_item >= begin, is_whole = has_begin && unit.first_item + unit.tiles <= end;
@@ -186,16 +178,17 @@ template <typename T, typename KV, int D> __device__ __forceinline__ void shared
         atomicMax(&memory.most_tiles, group.tiles(N));
         return group.tiles(N) * group.units(prefix);
     });
-    Line line(memory.before[prefix.groups], memory.most_tiles);
-    if (blockIdx.x >= line.pieces) return;
+    uint32_t items = memory.before[prefix.groups], count = count_pieces(items, memory.most_tiles);
+    if (blockIdx.x >= count) return;
+    Pieces line(items, count);
     uint32_t begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
     for (uint32_t item = begin; item < end;) {
         Unit unit(prefix, memory.before, item, N);
-        uint32_t first = item - unit.first_item, count = min(unit.tiles - first, end - item);
+        uint32_t first = item - unit.first_item, tiles = min(unit.tiles - first, end - item);
         RowTile<T, KV, D> tile(memory.tiles);
-        attend_unit(tile, prefix, unit, static_cast<const T*>(prefix.queries), first, count);
+        attend_unit(tile, prefix, unit, static_cast<const T*>(prefix.queries), first, tiles);
         write<D>(tile, prefix, unit, line, Layout<KV, D>::scale(prefix.arena, prefix.layer, 1, unit.head));
-        item += count;
+        item += tiles;
     }
 }
 

@@ -62,6 +62,7 @@ async fn choices_logprobs_and_echo_have_their_shapes(server: &Server) -> Result<
     let mut body = completion("The sky is", 5);
     body["n"] = 3.into();
     body["temperature"] = 1.into();
+    body["ignore_eos"] = true.into();
     body["logprobs"] = 2.into();
     body["echo"] = true.into();
     let whole = server.ask("/v1/completions", &body).await?;

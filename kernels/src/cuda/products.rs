@@ -147,10 +147,10 @@ impl Products {
         Ok(())
     }
 
-    /// The fastest of some ways to a shape; otherwise as [`Self::tune`].
+    /// The fastest of some ways to a shape, of those that are not refused; otherwise as [`Self::tune`].
     ///
     /// # Errors
-    /// As [`Self::tune`].
+    /// As [`Self::tune`]: when all are refused, why the last one was.
     pub fn fastest<T: Real>(
         &mut self,
         kernels: &Kernels,
@@ -161,13 +161,16 @@ impl Products {
         for w in weights {
             shape.check([x.len(), w.len(), out.len()])?;
         }
-        // One that fails is none.
-        let graph =
-            |way: &Way| Some((*way, self.graph(kernels, (shape, *way), (x, weights), out).ok()?));
-        let graphs: Vec<_> = ways.iter().filter_map(graph).collect();
+        let none = LaunchError::Unsupported(format!("{shape:?}"));
+        let (mut graphs, mut why) = (Vec::new(), none);
+        for way in ways {
+            match self.graph(kernels, (shape, *way), (x, weights), out) {
+                Ok(graph) => graphs.push((*way, graph)),
+                Err(error) => why = error,
+            }
+        }
         let refused = |source| LaunchError::Driver { what: "to time a product", source };
-        let way = fastest(kernels, &graphs).map_err(refused)?;
-        way.ok_or_else(|| LaunchError::Unsupported(format!("{shape:?}")))
+        fastest(kernels, &graphs).map_err(refused)?.ok_or(why)
     }
 
     /// Writes what [`Self::tune`] has found to the file, if there is one.

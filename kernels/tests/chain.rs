@@ -11,9 +11,9 @@ use fastrand::Rng;
 use half::bf16;
 use kernels::cuda::{
     Admission, Arena, ArenaShape, BlockPairs, DecodeInput, DecodeScratch, Draw, Gate,
-    GateActivation, Gather, Kernels, LaunchError, Linear, Onto, PagedDecode, PagedPrefill,
-    PrefillInput, PrefixInput, Products, RmsNorm, RopeInput, RopeStore, Sample, SampleOutput,
-    SampleScratch, SamplingParams, SamplingRows, SamplingShape, TokenScore,
+    GateActivation, Gather, Kernels, LaunchError, Linear, Onto, PagedAttention, PagedDecode,
+    PagedPrefill, PrefillInput, PrefixInput, Products, RmsNorm, RopeInput, RopeStore, Sample,
+    SampleOutput, SampleScratch, SamplingParams, SamplingRows, SamplingShape, TokenScore,
 };
 
 use support::{KvCase, cases, download, kernels, numbers, poisoned, upload, widened};
@@ -216,8 +216,7 @@ impl<'a> Chain<'a> {
 
     fn attend(&mut self, pause: impl Fn()) {
         let (kernels, given, rows) = (self.kernels, &self.given, self.rows);
-        let decode = PagedDecode {
-            sequences: rows,
+        let attention = PagedAttention {
             table_width: TABLE_WIDTH,
             layer: 0,
             heads: HEADS,
@@ -225,6 +224,7 @@ impl<'a> Chain<'a> {
             window: None,
             soft_cap: None,
         };
+        let decode = PagedDecode { sequences: rows, attention };
         let [begins, blocks] = &given.group;
         let (tables, lengths) = (&given.tables, &given.lengths);
         let input = DecodeInput { tables, lengths, prefixes: Some(PrefixInput { begins, blocks }) };
@@ -232,16 +232,7 @@ impl<'a> Chain<'a> {
         kernels.paged_decode(&decode, &self.arena, &input, through, &mut self.decoding).unwrap();
         pause();
         // The results are queries of chunks of one token.
-        let prefill = PagedPrefill {
-            sequences: rows,
-            tokens: rows,
-            table_width: TABLE_WIDTH,
-            layer: 0,
-            heads: HEADS,
-            scale: 1.0,
-            window: None,
-            soft_cap: None,
-        };
+        let prefill = PagedPrefill { sequences: rows, tokens: rows, attention };
         let input = PrefillInput { tables, begins: &given.begins, starts: &given.positions };
         let through = (&self.attended, &mut self.again);
         kernels.paged_prefill(&prefill, &self.arena, &input, through).unwrap();

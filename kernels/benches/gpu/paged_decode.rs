@@ -5,7 +5,7 @@ use std::error::Error;
 
 use half::bf16;
 use kernels::cuda::{
-    ArenaShape, DecodeInput, DecodeScratch, E4m3, KvReal, PagedDecode, PrefixInput,
+    ArenaShape, DecodeInput, DecodeScratch, E4m3, KvReal, PagedAttention, PagedDecode, PrefixInput,
 };
 
 use crate::table::Row;
@@ -176,12 +176,14 @@ fn measure<KV: KvReal<bf16>>(
     let time = timer.time(layers.max(2) as usize, |index| {
         let attention = PagedDecode {
             sequences,
-            table_width: width,
-            layer: u32::try_from(index)? % layers,
-            heads: HEADS,
-            scale: 1.0 / f64::from(HEAD_DIM).sqrt() as f32,
-            window: None,
-            soft_cap: None,
+            attention: PagedAttention {
+                table_width: width,
+                layer: u32::try_from(index)? % layers,
+                heads: HEADS,
+                scale: 1.0 / f64::from(HEAD_DIM).sqrt() as f32,
+                window: None,
+                soft_cap: None,
+            },
         };
         let input = DecodeInput { tables: &tables, lengths: &lengths, prefixes };
         Ok(kernels.paged_decode(&attention, &arena, &input, (&q, &mut out), &mut scratch)?)

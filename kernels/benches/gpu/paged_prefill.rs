@@ -4,7 +4,7 @@
 use std::error::Error;
 
 use half::bf16;
-use kernels::cuda::{ArenaShape, E4m3, KvReal, PagedPrefill, PrefillInput};
+use kernels::cuda::{ArenaShape, E4m3, KvReal, PagedAttention, PagedPrefill, PrefillInput};
 
 use crate::table::Row;
 use crate::timer::Timer;
@@ -90,12 +90,14 @@ fn measure<KV: KvReal<bf16>>(
     let prefill = PagedPrefill {
         sequences,
         tokens: sequences * tokens,
-        table_width: width,
-        layer: 0,
-        heads: HEADS,
-        scale: 1.0 / f64::from(HEAD_DIM).sqrt() as f32,
-        window: None,
-        soft_cap: None,
+        attention: PagedAttention {
+            table_width: width,
+            layer: 0,
+            heads: HEADS,
+            scale: 1.0 / f64::from(HEAD_DIM).sqrt() as f32,
+            window: None,
+            soft_cap: None,
+        },
     };
     timer.time(4, |_| {
         let input = PrefillInput { tables: &tables, begins: &begins, starts: &starts };

@@ -1,6 +1,18 @@
-// What every kernel of attention means by a score and by what a query sees.
+// What every kernel of attention over pages takes, and means by a score and by what a query sees.
 #pragma once
-#include "common.cuh"
+#include "kv.cuh"
+
+struct Attention {
+    KvArena arena;
+    const uint32_t* tables;  // [sequences][table_width]
+    const void* queries;     // [tokens][heads][D]
+    uint32_t table_width;
+    uint32_t layer;
+    uint32_t group;          // query heads a KV head
+    uint32_t window;         // 0: none
+    float scale;             // of scores, times log2 e unless they are capped
+    float soft_cap;          // 0: none
+};
 
 // The positions that a query sees: [from, to).
 struct Sight {

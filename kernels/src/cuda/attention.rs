@@ -3,16 +3,28 @@
 
 use super::{ArenaShape, KvHalf, KvValues, Slot};
 
-/// How a layer attends.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Meaning {
-    pub(super) layer: u32,
-    pub(super) scale: f32,
-    pub(super) window: Option<u32>,
-    pub(super) soft_cap: Option<f32>,
+/// How a layer attends to an arena.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PagedAttention {
+    /// Blocks that a row of the tables has room for.
+    pub table_width: u32,
+    pub layer: u32,
+    /// Query heads; a multiple of the arena's KV heads. Consecutive ones share a KV head.
+    pub heads: u32,
+    /// Above 0.
+    pub scale: f32,
+    /// A token sees this many positions, its own included; above 0.
+    pub window: Option<u32>,
+    /// Scores become cap * tanh(score / cap); above 0.
+    pub soft_cap: Option<f32>,
 }
 
-impl Meaning {
+impl PagedAttention {
+    /// Query heads that share a KV head.
+    pub(super) fn group(&self, shape: &ArenaShape) -> u32 {
+        self.heads / shape.kv_heads.max(1)
+    }
+
     /// Attends from one query: `q`, `out`: [head_dim]. Where nothing is seen, the result is zeros.
     pub(super) fn attend<T: Copy + Into<f32>>(
         &self,
@@ -44,22 +56,23 @@ impl Meaning {
         }
     }
 
-    /// The slots of the K that a query sees which is at position `length - 1` of a sequence, of one KV head. A block that the arena
-    /// does not have is not seen.
+    /// The slots of the K that a query head of a sequence sees, at position `length - 1`. `tables`: [sequences, table_width]. A block
+    /// that the arena does not have is not seen.
     pub(super) fn seen(
         &self,
         shape: &ArenaShape,
-        table: &[u32],
-        (length, head): (u32, u32),
+        tables: &[u32],
+        (sequence, length, head): (usize, u32, u32),
     ) -> Vec<Slot> {
-        let most = u32::try_from(table.len()).unwrap_or(u32::MAX).saturating_mul(shape.block_size);
+        let table = &tables[sequence * self.table_width as usize..][..self.table_width as usize];
+        let most = self.table_width.saturating_mul(shape.block_size);
         let length = length.min(most);
         let first = self.window.map_or(0, |window| length.saturating_sub(window));
         let slot = |position: u32| Slot {
             block: table[(position / shape.block_size) as usize],
             layer: self.layer,
             half: KvHalf::K,
-            head,
+            head: head / self.group(shape),
             row: position % shape.block_size,
             dim: 0,
         };
@@ -72,12 +85,23 @@ pub(super) use launch::AttentionArgument;
 
 #[cfg(feature = "cuda")]
 mod launch {
-    use super::Meaning;
+    use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 
-    /// How a layer attends, as kernels take it: what `Decode`, `SharedPrefix` and `Prefill` have from `table_width` to `soft_cap`.
+    use super::PagedAttention;
+    use crate::cuda::arena::ArenaArgument;
+    use crate::cuda::launch::{below, len, same};
+    use crate::cuda::{Arena, ArenaShape, Kernels, LaunchError};
+
+    /// Sequences of a launch: their sums are in shared memory.
+    const MOST_SEQUENCES: u32 = 4096;
+
+    /// What all kernels take: `Attention` in attention.cuh, field by field.
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     pub(in crate::cuda) struct AttentionArgument {
+        arena: ArenaArgument,
+        tables: u64,
+        queries: u64,
         table_width: u32,
         layer: u32,
         group: u32,
@@ -86,15 +110,46 @@ mod launch {
         soft_cap: f32,
     }
 
-    impl Meaning {
-        /// With tables of `table_width` blocks a row, and `group` query heads a KV head.
-        pub(in crate::cuda) fn argument(&self, table_width: u32, group: u32) -> AttentionArgument {
+    impl PagedAttention {
+        /// That so many tokens of so many sequences fit. `tables`, `q`, `out`: lengths.
+        pub(in crate::cuda) fn check(
+            &self,
+            shape: &ArenaShape,
+            (sequences, tokens): (u32, u32),
+            [tables, q, out]: [usize; 3],
+        ) -> Result<(), LaunchError> {
+            let rows = len(&[tokens, self.heads, shape.head_dim]);
+            let whole = len(&[self.group(shape), shape.kv_heads]);
+            below("sequences", sequences, MOST_SEQUENCES + 1)?;
+            below("layer", self.layer, shape.layers)?;
+            same("query heads", whole, self.heads as usize)?;
+            same("q", q, rows)?;
+            same("out", out, rows)?;
+            same("tables", tables, len(&[sequences, self.table_width]))?;
+            let Self { scale, window, soft_cap, .. } = *self;
+            let is_positive = |factor: f32| factor > 0.0 && factor.is_finite();
+            if is_positive(scale) && window != Some(0) && soft_cap.is_none_or(is_positive) {
+                return Ok(());
+            }
+            let got = format!("scale {scale}, window {window:?}, soft cap {soft_cap:?}");
+            Err(LaunchError::Unsupported(format!("{got}: wanted above 0")))
+        }
+
+        pub(in crate::cuda) fn argument<T: DeviceRepr, KV: DeviceRepr>(
+            &self,
+            kernels: &Kernels,
+            arena: &Arena<KV>,
+            (tables, q): (&CudaSlice<u32>, &CudaSlice<T>),
+        ) -> AttentionArgument {
             // Powers of two are taken of scores, unless they are capped first.
             let scale = if self.soft_cap.is_some() { 1.0 } else { std::f32::consts::LOG2_E };
             AttentionArgument {
-                table_width,
+                arena: arena.argument(kernels),
+                tables: tables.device_ptr(kernels.stream()).0,
+                queries: q.device_ptr(kernels.stream()).0,
+                table_width: self.table_width,
                 layer: self.layer,
-                group,
+                group: self.group(&arena.shape),
                 window: self.window.unwrap_or(0),
                 scale: self.scale * scale,
                 soft_cap: self.soft_cap.unwrap_or(0.0),

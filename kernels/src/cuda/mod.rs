@@ -41,6 +41,7 @@ mod real;
 mod split_k;
 
 pub use arena::{ArenaShape, KvHalf, KvValues, Slot};
+pub use attention::PagedAttention;
 pub use copy_blocks::copy_blocks_reference;
 pub use e4m3::E4m3;
 pub use gate::{Gate, GateActivation};

@@ -21,19 +21,11 @@ constexpr int WARPS = BULK_COPIES ? 4 : 2;
 // How far above the maximum a score may be, in powers of two.
 constexpr float SLACK = 8.0f;
 
-struct Decode {
-    KvArena arena;
-    const uint32_t* tables;   // [sequences][table_width]
+// A sequence has one token.
+struct Decode : Attention {
     const uint32_t* lengths;  // [sequences], the query's own position included; 0: no sequence
-    const void* queries;      // [sequences][heads][D]
     void* results;            // as queries
     uint32_t sequences;
-    uint32_t table_width;
-    uint32_t layer;
-    uint32_t group;           // query heads a KV head
-    uint32_t window;          // 0: none
-    float scale;              // of scores, times log2 e unless they are capped
-    float soft_cap;           // 0: none
     float* parts;             // [2 grid][HEADS TILES][D + 2]
     uint32_t* arrived;        // [sequences][kv heads], 0 before and after
     PrefixParts prefix;       // null: nothing is shared

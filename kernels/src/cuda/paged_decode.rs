@@ -1,23 +1,14 @@
 //! Paged decode attention: one query token a sequence against all its positions, out = softmax(q K^T * scale) V.
 
-use super::KvValues;
-use super::attention::Meaning;
+use super::{KvValues, PagedAttention};
 
-/// How a layer attends with one token a sequence.
+/// A layer attends with one token a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PagedDecode {
     /// Rows of the launch; those of length 0 are no sequence.
     pub sequences: u32,
-    /// Blocks that a row of the tables has room for.
-    pub table_width: u32,
-    pub layer: u32,
-    /// Query heads; a multiple of the arena's KV heads, at most 16 times as many. Consecutive ones share a KV head.
-    pub heads: u32,
-    pub scale: f32,
-    /// A token sees this many positions, its own included.
-    pub window: Option<u32>,
-    /// Scores become cap * tanh(score / cap).
-    pub soft_cap: Option<f32>,
+    /// At most 16 query heads a KV head.
+    pub attention: PagedAttention,
 }
 
 impl PagedDecode {
@@ -31,21 +22,15 @@ impl PagedDecode {
         q: &[f32],
         out: &mut [f32],
     ) {
-        let (meaning, shape) = (self.meaning(), &arena.shape);
-        let (dims, group) = (shape.head_dim as usize, self.heads / shape.kv_heads);
-        for (row, (q, out)) in q.chunks(dims).zip(out.chunks_mut(dims)).enumerate() {
-            let sequence = row / self.heads as usize;
-            let head = u32::try_from(row % self.heads as usize).unwrap_or(0) / group;
-            let table =
-                &tables[sequence * self.table_width as usize..][..self.table_width as usize];
-            let slots = meaning.seen(shape, table, (lengths[sequence], head));
-            meaning.attend(arena, &slots, q, out);
+        let (attention, shape) = (&self.attention, &arena.shape);
+        let dims = shape.head_dim as usize;
+        let mut rows = q.chunks(dims).zip(out.chunks_mut(dims));
+        for (sequence, length) in lengths.iter().enumerate() {
+            for (head, (q, out)) in (0..attention.heads).zip(&mut rows) {
+                let slots = attention.seen(shape, tables, (sequence, *length, head));
+                attention.attend(arena, &slots, q, out);
+            }
         }
-    }
-
-    fn meaning(&self) -> Meaning {
-        let Self { layer, scale, window, soft_cap, .. } = *self;
-        Meaning { layer, scale, window, soft_cap }
     }
 }
 
@@ -60,7 +45,6 @@ mod launch {
 
     use super::PagedDecode;
     use crate::cpu::KernelError;
-    use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
     use crate::cuda::beside::{Begins, Grid};
     use crate::cuda::device::Module;
@@ -71,9 +55,6 @@ mod launch {
     /// As in the kernel.
     const TILE: u32 = 16;
     const HEADS: u32 = 8;
-    /// Sequences of a launch: their sums are in shared memory.
-    const MOST_SEQUENCES: u32 = 4096;
-
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_decode.fatbin")),
         functions: each_kv_dtype!(
@@ -162,53 +143,34 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Decode {
-        arena: ArenaArgument,
-        tables: u64,
+        attention: AttentionArgument,
         lengths: u64,
-        queries: u64,
         results: u64,
         sequences: u32,
-        attention: AttentionArgument,
         parts: u64,
         arrived: u64,
         prefix: PrefixArgument,
     }
 
     impl PagedDecode {
-        fn group(&self, shape: &ArenaShape) -> u32 {
-            self.heads / shape.kv_heads.max(1)
-        }
-
-        pub(in crate::cuda) fn attention(&self, shape: &ArenaShape) -> AttentionArgument {
-            self.meaning().argument(self.table_width, self.group(shape))
-        }
-
         fn check<T>(
             &self,
             arena: &Arena<T>,
             input: &DecodeInput<'_>,
             scratch: &DecodeScratch,
             (q, out): (usize, usize),
-        ) -> Result<(), KernelError> {
-            let shape = &arena.shape;
-            let group = self.group(shape);
-            let rows = len(&[self.sequences, self.heads, shape.head_dim]);
-            below("sequences", self.sequences, MOST_SEQUENCES + 1)?;
-            below("layer", self.layer, shape.layers)?;
-            same("query heads", len(&[group, shape.kv_heads]), self.heads as usize)?;
-            below("query heads of a KV head", group, 2 * HEADS + 1)?;
-            same("q", q, rows)?;
-            same("out", out, rows)?;
+        ) -> Result<(), LaunchError> {
+            let (shape, attention) = (&arena.shape, &self.attention);
+            let lens = [input.tables.len(), q, out];
+            attention.check(shape, (self.sequences, self.sequences), lens)?;
+            below("query heads of a KV head", attention.group(shape), 2 * HEADS + 1)?;
             same("lengths", input.lengths.len(), self.sequences as usize)?;
-            same("tables", input.tables.len(), len(&[self.sequences, self.table_width]))?;
-            at_least("arrived", scratch.arrived.len(), len(&[self.sequences, shape.kv_heads]))?;
-            // All positions of all sequences are counted in 32 bits.
-            let tiles = len(&[self.sequences, shape.kv_heads])
-                .checked_mul(len(&[self.table_width, shape.block_size]).div_ceil(TILE as usize));
-            tiles
-                .filter(|tiles| *tiles < 1 << 31)
-                .map(drop)
-                .ok_or(KernelError::Overflow("the tables"))
+            let pairs = len(&[self.sequences, shape.kv_heads]);
+            at_least("arrived", scratch.arrived.len(), pairs)?;
+            // All tiles of all sequences are counted in 32 bits.
+            let most = len(&[attention.table_width, shape.block_size]).div_ceil(TILE as usize);
+            let tiles = pairs.checked_mul(most).filter(|tiles| *tiles < 1 << 31);
+            Ok(tiles.map(drop).ok_or(KernelError::Overflow("the tables"))?)
         }
     }
 
@@ -231,7 +193,7 @@ mod launch {
                 return Ok(());
             }
             let dims = arena.shape.head_dim;
-            let heads = shape.group(&arena.shape).next_multiple_of(HEADS);
+            let heads = shape.attention.group(&arena.shape).next_multiple_of(HEADS);
             let name = format!("decode_{}{}_{dims}_{heads}", T::NAME, KV::SUFFIX);
             let unsupported = || {
                 LaunchError::Unsupported(format!("{name}, blocks of {}", arena.shape.block_size))
@@ -266,13 +228,10 @@ mod launch {
         ) -> Decode {
             let stream = self.stream();
             Decode {
-                arena: arena.argument(self),
-                tables: input.tables.device_ptr(stream).0,
+                attention: shape.attention.argument(self, arena, (input.tables, q)),
                 lengths: input.lengths.device_ptr(stream).0,
-                queries: q.device_ptr(stream).0,
                 results: out.device_ptr_mut(stream).0,
                 sequences: shape.sequences,
-                attention: shape.attention(&arena.shape),
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 arrived: scratch.arrived.device_ptr_mut(stream).0,
                 prefix,

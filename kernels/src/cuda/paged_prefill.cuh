@@ -1,24 +1,14 @@
 // What both kernels of paged prefill attention share: who computes which rows, and what a row sees.
 #pragma once
 #include "attention.cuh"
-#include "kv.cuh"
 #include "sequences.cuh"
 
-struct Prefill {
-    KvArena arena;
-    const uint32_t* tables;  // [sequences][table_width]
+struct Prefill : Attention {
     const uint32_t* begins;  // [sequences + 1], rows of q where sequences begin
     const uint32_t* starts;  // [sequences], positions of their first rows
-    const void* queries;     // [tokens][heads][D]
     void* results;           // as queries
     uint32_t sequences;
     uint32_t tokens;         // rows of q
-    uint32_t table_width;
-    uint32_t layer;
-    uint32_t group;          // query heads a KV head
-    uint32_t window;         // 0: none
-    float scale;             // of scores, times log2 e unless they are capped
-    float soft_cap;          // 0: none
 };
 
 // Tokens times the query heads of one KV head are the rows of a sequence: the heads that share K and V are neighbours, so that a

@@ -1,26 +1,15 @@
 //! Paged prefill attention: chunks of several sequences, each token against all its positions up to its own, which are in the
 //! arena, those of the chunk included: out = softmax(q K^T * scale) V.
 
-use super::KvValues;
-use super::attention::Meaning;
+use super::{KvValues, PagedAttention};
 
-/// How a layer attends with chunks.
+/// A layer attends with chunks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PagedPrefill {
     pub sequences: u32,
     /// Rows of q. Those of no sequence are left alone.
     pub tokens: u32,
-    /// Blocks that a row of the tables has room for.
-    pub table_width: u32,
-    pub layer: u32,
-    /// Query heads; a multiple of the arena's KV heads. Consecutive ones share a KV head.
-    pub heads: u32,
-    /// Above 0.
-    pub scale: f32,
-    /// A token sees this many positions, its own included.
-    pub window: Option<u32>,
-    /// Scores become cap * tanh(score / cap).
-    pub soft_cap: Option<f32>,
+    pub attention: PagedAttention,
 }
 
 /// Which rows of q are whose.
@@ -44,29 +33,21 @@ impl PagedPrefill {
         q: &[f32],
         out: &mut [f32],
     ) {
-        let shape = &arena.shape;
-        let (dims, heads) = (shape.head_dim as usize, self.heads as usize);
+        let (attention, shape) = (&self.attention, &arena.shape);
+        let (dims, heads) = (shape.head_dim as usize, attention.heads as usize);
+        let most = attention.table_width * shape.block_size;
         for sequence in 0..self.sequences as usize {
-            let table =
-                &chunks.tables[sequence * self.table_width as usize..][..self.table_width as usize];
             let begin = chunks.begins[sequence].min(self.tokens);
             for row in begin..chunks.begins[sequence + 1].min(self.tokens) {
-                let most = self.table_width * shape.block_size;
                 let length = (chunks.starts[sequence].min(most) + (row - begin) + 1).min(most);
-                for head in 0..heads {
-                    let at = (row as usize * heads + head) * dims;
-                    let kv_head = u32::try_from(head).unwrap_or(0) / (self.heads / shape.kv_heads);
-                    let slots = self.meaning().seen(shape, table, (length, kv_head));
-                    let (q, out) = (&q[at..at + dims], &mut out[at..at + dims]);
-                    self.meaning().attend(arena, &slots, q, out);
+                let rows = row as usize * heads * dims..(row as usize + 1) * heads * dims;
+                let heads = q[rows.clone()].chunks(dims).zip(out[rows].chunks_mut(dims));
+                for (head, (q, out)) in (0..).zip(heads) {
+                    let slots = attention.seen(shape, chunks.tables, (sequence, length, head));
+                    attention.attend(arena, &slots, q, out);
                 }
             }
         }
-    }
-
-    fn meaning(&self) -> Meaning {
-        let Self { layer, scale, window, soft_cap, .. } = *self;
-        Meaning { layer, scale, window, soft_cap }
     }
 }
 
@@ -81,11 +62,10 @@ mod launch {
 
     use super::PagedPrefill;
     use crate::cpu::KernelError;
-    use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
     use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
-    use crate::cuda::launch::{below, each_kv_dtype, launched, len, same};
+    use crate::cuda::launch::{each_kv_dtype, launched, len, same};
     use crate::cuda::{Arena, Kernels, KvReal, LaunchError, Real};
 
     pub(in crate::cuda) const MODULE: Module = Module {
@@ -100,9 +80,6 @@ mod launch {
         most_shared: 227 << 10,
     };
 
-    /// Sequences of a launch: their sums are in shared memory.
-    const MOST_SEQUENCES: u32 = 4096;
-
     /// What changes from step to step, in device memory: as [`super::Chunks`].
     #[derive(Debug)]
     pub struct PrefillInput<'a> {
@@ -115,15 +92,12 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Argument {
-        arena: ArenaArgument,
-        tables: u64,
+        attention: AttentionArgument,
         begins: u64,
         starts: u64,
-        queries: u64,
         results: u64,
         sequences: u32,
         tokens: u32,
-        attention: AttentionArgument,
     }
 
     impl PagedPrefill {
@@ -132,27 +106,17 @@ mod launch {
             arena: &Arena<T>,
             input: &PrefillInput<'_>,
             (q, out): (usize, usize),
-        ) -> Result<(), KernelError> {
-            let shape = &arena.shape;
-            let rows = len(&[self.tokens, self.heads, shape.head_dim]);
-            let whole = self.heads / shape.kv_heads.max(1) * shape.kv_heads;
-            below("sequences", self.sequences, MOST_SEQUENCES + 1)?;
-            below("layer", self.layer, shape.layers)?;
-            same("query heads", whole as usize, self.heads as usize)?;
-            same("q", q, rows)?;
-            same("out", out, rows)?;
+        ) -> Result<(), LaunchError> {
+            let (shape, attention) = (&arena.shape, &self.attention);
+            let lens = [input.tables.len(), q, out];
+            attention.check(shape, (self.sequences, self.tokens), lens)?;
             same("begins", input.begins.len(), self.sequences as usize + 1)?;
             same("starts", input.starts.len(), self.sequences as usize)?;
-            same("tables", input.tables.len(), len(&[self.sequences, self.table_width]))?;
             // Rows and positions are counted in 32 bits.
-            let counts =
-                [len(&[self.tokens, self.heads]), len(&[self.table_width, shape.block_size])];
-            let fits = counts.iter().all(|count| *count < 1 << 30) && self.scale > 0.0;
-            if fits {
-                Ok(())
-            } else {
-                Err(KernelError::Overflow("the tables or tokens, or the scale"))
-            }
+            let rows = len(&[self.tokens, attention.heads]);
+            let positions = len(&[attention.table_width, shape.block_size]);
+            let fits = rows.max(positions) < 1 << 30;
+            Ok(fits.then_some(()).ok_or(KernelError::Overflow("the tables or tokens"))?)
         }
     }
 
@@ -179,7 +143,8 @@ mod launch {
             let bytes = u32::try_from(size_of::<KV>()).unwrap_or(2);
             let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
             let prefix = if is_hopper { "prefill_90" } else { "prefill" };
-            let suffix = if is_hopper && shape.soft_cap.is_some() { "_capped" } else { "" };
+            let suffix =
+                if is_hopper && shape.attention.soft_cap.is_some() { "_capped" } else { "" };
             let name = format!("{prefix}_{}{}_{dims}{suffix}", T::NAME, KV::SUFFIX);
             let function = self.kernel(&name)?;
             // Hopper: two stages of 128 rows of q, K and V, and 8 rows of results for each of 8 warps, all of 16 bits, and a warpgroup
@@ -205,18 +170,51 @@ mod launch {
             (arena, input): (&Arena<KV>, &PrefillInput<'_>),
             (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
         ) -> Argument {
-            let (stream, group) = (self.stream(), shape.heads / arena.shape.kv_heads);
+            let stream = self.stream();
             Argument {
-                arena: arena.argument(self),
-                tables: input.tables.device_ptr(stream).0,
+                attention: shape.attention.argument(self, arena, (input.tables, q)),
                 begins: input.begins.device_ptr(stream).0,
                 starts: input.starts.device_ptr(stream).0,
-                queries: q.device_ptr(stream).0,
                 results: out.device_ptr_mut(stream).0,
                 sequences: shape.sequences,
                 tokens: shape.tokens,
-                attention: shape.meaning().argument(shape.table_width, group),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{ArenaShape, PagedDecode};
+
+    /// Of the second sequence, at positions 10 to 13 of 24; its second block is not there.
+    #[test]
+    fn a_token_of_a_chunk_sees_what_decode_sees() {
+        let shape = ArenaShape { blocks: 7, block_size: 8, layers: 2, kv_heads: 2, head_dim: 64 };
+        let attention = PagedAttention {
+            table_width: 3,
+            layer: 1,
+            heads: 4,
+            scale: 0.2,
+            window: Some(11),
+            soft_cap: Some(3.0),
+        };
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut some = |len: usize| (0..len).map(|_| random.f32() - 0.5).collect::<Vec<_>>();
+        let (values, q) = (some(shape.len().unwrap()), some(4 * 4 * 64));
+        let arena = KvValues { shape, values: &values, scales: &[1.0; 8] };
+        let tables = [1, 2, 3, 4, 7, 6];
+        let chunks = Chunks { tables: &tables, begins: &[0, 0, 4], starts: &[0, 10] };
+        let mut chunk = vec![0.0; q.len()];
+        let prefill = PagedPrefill { sequences: 2, tokens: 4, attention };
+        prefill.reference(&arena, &chunks, &q, &mut chunk);
+        for (length, (q, chunk)) in (11..).zip(q.chunks(256).zip(chunk.chunks(256))) {
+            let mut token = vec![0.0; 256];
+            let decode = PagedDecode { sequences: 1, attention };
+            decode.reference(&arena, (&tables[3..], &[length]), q, &mut token);
+            assert_eq!(chunk, token, "{length} positions");
+            assert!(token.iter().any(|value| *value != 0.0));
         }
     }
 }

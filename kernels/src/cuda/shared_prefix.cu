@@ -14,21 +14,13 @@ constexpr uint32_t MOST_PARTS = WARP;
 // Tiles of a piece at least: a part is as large as a tile.
 constexpr uint32_t LEAST_TILES = 4;
 
-struct SharedPrefix {
-    KvArena arena;
-    const uint32_t* tables;   // [sequences][table_width]
+// A sequence has one token.
+struct SharedPrefix : Attention {
     const uint32_t* lengths;  // [sequences], the query's own position included
     const uint32_t* begins;   // [groups + 1], the sequences where groups begin
     const uint32_t* blocks;   // [groups], that its sequences share
-    const void* queries;      // [sequences][heads][D]
     uint32_t groups;
     uint32_t sequences;
-    uint32_t table_width;
-    uint32_t layer;
-    uint32_t group;           // query heads a KV head
-    uint32_t window;          // 0: none
-    float scale;              // of scores, times log2 e unless they are capped
-    float soft_cap;           // 0: none
     float* parts;             // [2 grid][64][D + 2]
     uint2* across;            // [sequences][heads], the piece where a row begins and how many it lies across
     PrefixParts results;

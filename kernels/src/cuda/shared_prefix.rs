@@ -35,7 +35,6 @@ mod launch {
     use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use crate::cpu::KernelError;
-    use crate::cuda::arena::ArenaArgument;
     use crate::cuda::attention::AttentionArgument;
     use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
@@ -120,7 +119,7 @@ mod launch {
             shape: &ArenaShape,
             prefixes: &PrefixInput<'_>,
         ) -> Result<u32, KernelError> {
-            let rows = len(&[decode.sequences, decode.heads]);
+            let rows = len(&[decode.sequences, decode.attention.heads]);
             let groups = u32::try_from(prefixes.blocks.len()).unwrap_or(u32::MAX);
             below("groups", groups, MOST_GROUPS + 1)?;
             same("begins of groups", prefixes.begins.len(), groups as usize + 1)?;
@@ -134,15 +133,12 @@ mod launch {
     #[repr(C)]
     #[derive(Debug, Clone, Copy)]
     struct Argument {
-        arena: ArenaArgument,
-        tables: u64,
+        attention: AttentionArgument,
         lengths: u64,
         begins: u64,
         blocks: u64,
-        queries: u64,
         groups: u32,
         sequences: u32,
-        attention: AttentionArgument,
         parts: u64,
         across: u64,
         results: PrefixArgument,
@@ -164,15 +160,12 @@ mod launch {
                 self.kernel(&format!("shared_prefix_{}{}_{dims}", T::NAME, KV::SUFFIX))?;
             let (stream, results) = (self.stream(), scratch.argument(self));
             let argument = Argument {
-                arena: arena.argument(self),
-                tables: input.tables.device_ptr(stream).0,
+                attention: decode.attention.argument(self, arena, (input.tables, q)),
                 lengths: input.lengths.device_ptr(stream).0,
                 begins: prefixes.begins.device_ptr(stream).0,
                 blocks: prefixes.blocks.device_ptr(stream).0,
-                queries: q.device_ptr(stream).0,
                 groups,
                 sequences: decode.sequences,
-                attention: decode.attention(&arena.shape),
                 parts: scratch.parts.device_ptr_mut(stream).0,
                 across: scratch.across.device_ptr_mut(stream).0,
                 results,
@@ -186,7 +179,7 @@ mod launch {
             // SAFETY: the argument is that of `shared_prefix_*` in shared_prefix.cu, which stays within the lengths checked, bounds
             // groups, blocks, lengths and block ids by them and waits first.
             launched("shared_prefix", unsafe { grid.queue(self, function, &argument) })?;
-            let rows = decode.sequences * decode.heads;
+            let rows = decode.sequences * decode.attention.heads;
             let grid = Grid::of([rows.div_ceil(THREADS / 32), 1], THREADS);
             let function = self.kernel(&format!("merge_prefixes_{dims}"))?;
             // SAFETY: the argument is that of `merge_prefixes_*`, which waits for what the launch before it writes.

@@ -3,8 +3,8 @@
 use fastrand::Rng;
 use half::bf16;
 use kernels::cuda::{
-    Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, KvHalf, PagedDecode, PrefixInput, Real,
-    SharedPrefixes, Slot,
+    Arena, ArenaShape, DecodeInput, DecodeScratch, Kernels, KvHalf, PagedAttention, PagedDecode,
+    PrefixInput, Real, SharedPrefixes, Slot,
 };
 
 use crate::support::{
@@ -37,12 +37,14 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
         };
         let shape = PagedDecode {
             sequences: random.u32(1..20),
-            table_width: random.u32(1..40),
-            layer: random.u32(..arena_shape.layers),
-            heads: kv_heads * random.u32(1..=16),
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            window: random.bool().then(|| random.u32(1..400)),
-            soft_cap: random.bool().then(|| random.f32() * 30.0 + 0.5),
+            attention: PagedAttention {
+                table_width: random.u32(1..40),
+                layer: random.u32(..arena_shape.layers),
+                heads: kv_heads * random.u32(1..=16),
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                window: random.bool().then(|| random.u32(1..400)),
+                soft_cap: random.bool().then(|| random.f32() * 30.0 + 0.5),
+            },
         };
         let mut case = Self::filled(random, shape, arena_shape);
         // Some rows are no sequence, some ids are no block's, some lengths are beyond the table.
@@ -63,15 +65,18 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
     }
 
     fn filled(random: &mut Rng, shape: PagedDecode, arena_shape: ArenaShape) -> Self {
-        let most = shape.table_width * arena_shape.block_size;
+        let most = shape.attention.table_width * arena_shape.block_size;
         Self {
             shape,
             arena: KvCase::random(random, arena_shape),
-            tables: (0..shape.sequences * shape.table_width)
+            tables: (0..shape.sequences * shape.attention.table_width)
                 .map(|_| random.u32(..arena_shape.blocks))
                 .collect(),
             lengths: (0..shape.sequences).map(|_| random.u32(1..=most)).collect(),
-            q: numbers(random, (shape.sequences * shape.heads * arena_shape.head_dim) as usize),
+            q: numbers(
+                random,
+                (shape.sequences * shape.attention.heads * arena_shape.head_dim) as usize,
+            ),
             prefixes: None,
         }
     }
@@ -82,7 +87,7 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
         let mut begins: Vec<u32> =
             (0..=groups).map(|_| random.u32(..=self.shape.sequences)).collect();
         begins.sort_unstable();
-        let most = self.shape.table_width + 2;
+        let most = self.shape.attention.table_width + 2;
         let blocks = (0..groups).map(|_| random.u32(..=most) * random.u32(..4).min(1)).collect();
         self.prefixes = Some([begins, blocks]);
         self
@@ -92,7 +97,7 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
     fn meant(&self) -> Vec<u32> {
         let groups = self.prefixes.as_ref().filter(|[begins, _]| begins.is_sorted());
         let Some([begins, blocks]) = groups else { return self.tables.clone() };
-        SharedPrefixes { begins, blocks }.spread(&self.tables, self.shape.table_width)
+        SharedPrefixes { begins, blocks }.spread(&self.tables, self.shape.attention.table_width)
     }
 
     fn check(&self, kernels: &Kernels) {
@@ -100,7 +105,7 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
         let (tables, lengths) = (upload(kernels, &self.tables), upload(kernels, &self.lengths));
         let q = upload(kernels, &self.q);
         let scratch = DecodeScratch::new(kernels, arena_shape, self.shape.sequences);
-        let rows = (self.shape.sequences, self.shape.heads);
+        let rows = (self.shape.sequences, self.shape.attention.heads);
         let mut scratch =
             scratch.expect("memory").with_prefixes(kernels, arena_shape, rows).expect("memory");
         let mut wanted = vec![0.0; self.q.len()];
@@ -173,12 +178,14 @@ fn check_unwritten<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels
         ArenaShape { blocks: 64, block_size: 16, layers: 1, kv_heads: 2, head_dim: 128 };
     let shape = PagedDecode {
         sequences: 4,
-        table_width: 8,
-        layer: 0,
-        heads: 8,
-        scale: 0.1,
-        window: None,
-        soft_cap: None,
+        attention: PagedAttention {
+            table_width: 8,
+            layer: 0,
+            heads: 8,
+            scale: 0.1,
+            window: None,
+            soft_cap: None,
+        },
     };
     let mut case = Case::<T, KV>::filled(random, shape, arena_shape);
     case.tables = (0..32).collect();
@@ -203,8 +210,7 @@ fn lengths_that_do_not_fit_are_refused() {
     let mut random = Rng::with_seed(1);
     let arena_shape =
         ArenaShape { blocks: 4, block_size: 16, layers: 1, kv_heads: 2, head_dim: 64 };
-    let shape = PagedDecode {
-        sequences: 2,
+    let attention = PagedAttention {
         table_width: 2,
         layer: 0,
         heads: 4,
@@ -212,6 +218,7 @@ fn lengths_that_do_not_fit_are_refused() {
         window: None,
         soft_cap: None,
     };
+    let shape = PagedDecode { sequences: 2, attention };
     let case = Case::<bf16, bf16>::filled(&mut random, shape, arena_shape);
     let arena = Arena::<bf16>::new(&kernels, arena_shape).expect("memory");
     let mut scratch = DecodeScratch::new(&kernels, arena_shape, 2).expect("memory");
@@ -223,10 +230,13 @@ fn lengths_that_do_not_fit_are_refused() {
             kernels.paged_decode(&shape, &arena, &input, (&q, &mut out), &mut scratch).unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
     };
+    let attending = |attention| PagedDecode { attention, ..shape };
     refuses(PagedDecode { sequences: 3, ..shape }, "q");
-    refuses(PagedDecode { table_width: 3, ..shape }, "tables");
-    refuses(PagedDecode { layer: 1, ..shape }, "layer");
-    refuses(PagedDecode { heads: 5, ..shape }, "query heads");
-    refuses(PagedDecode { heads: 64, ..shape }, "query heads of a KV head");
+    refuses(attending(PagedAttention { table_width: 3, ..attention }), "tables");
+    refuses(attending(PagedAttention { layer: 1, ..attention }), "layer");
+    refuses(attending(PagedAttention { heads: 5, ..attention }), "query heads");
+    refuses(attending(PagedAttention { heads: 64, ..attention }), "query heads of a KV head");
+    refuses(attending(PagedAttention { window: Some(0), ..attention }), "window");
+    refuses(attending(PagedAttention { soft_cap: Some(0.0), ..attention }), "soft cap");
     refuses(PagedDecode { sequences: 5000, ..shape }, "sequences");
 }

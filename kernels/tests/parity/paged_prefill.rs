@@ -3,7 +3,8 @@
 use fastrand::Rng;
 use half::{bf16, f16};
 use kernels::cuda::{
-    Arena, ArenaShape, Chunks, E4m3, Kernels, KvHalf, PagedPrefill, PrefillInput, Real, Slot,
+    Arena, ArenaShape, Chunks, E4m3, Kernels, KvHalf, PagedAttention, PagedPrefill, PrefillInput,
+    Real, Slot,
 };
 
 use crate::support::{
@@ -46,13 +47,16 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
         let shape = PagedPrefill {
             sequences,
             tokens,
-            table_width,
-            layer: random.u32(..arena_shape.layers),
-            heads: kv_heads * random.choice([1, 2, 3, 4, 7, 8]).unwrap_or(1),
-            // With large scales, scores rise beyond what the base of the exponentials was chosen for.
-            scale: random.choice([1.0, 1.0, 8.0, 60.0]).unwrap_or(1.0) / (head_dim as f32).sqrt(),
-            window: random.bool().then(|| random.u32(1..400)),
-            soft_cap: is_capped.then(|| random.f32() * 30.0 + 0.5),
+            attention: PagedAttention {
+                table_width,
+                layer: random.u32(..arena_shape.layers),
+                heads: kv_heads * random.choice([1, 2, 3, 4, 7, 8]).unwrap_or(1),
+                // With large scales, scores rise beyond what the base of the exponentials was chosen for.
+                scale: random.choice([1.0, 1.0, 8.0, 60.0]).unwrap_or(1.0)
+                    / (head_dim as f32).sqrt(),
+                window: random.bool().then(|| random.u32(1..400)),
+                soft_cap: is_capped.then(|| random.f32() * 30.0 + 0.5),
+            },
         };
         let blocks = arena_shape.blocks;
         let mut tables: Vec<u32> =
@@ -64,7 +68,7 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
             }
         }
         let arena = KvCase::random(random, arena_shape);
-        let q = numbers(random, (tokens * shape.heads * head_dim) as usize);
+        let q = numbers(random, (tokens * shape.attention.heads * head_dim) as usize);
         Self { shape, arena, tables, begins, starts, q }
     }
 
@@ -81,7 +85,7 @@ impl<T: Real, KV: KvNumber<T>> Case<T, KV> {
         let chunks = Chunks { tables: &self.tables, begins: &self.begins, starts: &self.starts };
         self.shape.reference(&self.arena.values(), &chunks, &widened(&self.q), &mut wanted);
         let mut poison = vec![T::from_f32(f32::NAN); self.q.len()];
-        let row = (self.shape.heads * self.arena.shape.head_dim) as usize;
+        let row = (self.shape.attention.heads * self.arena.shape.head_dim) as usize;
         poison[self.begins[self.begins.len() - 1] as usize * row..].fill(before);
         let mut out = upload(kernels, &poison);
         let input = PrefillInput { tables: &tables, begins: &begins, starts: &starts };
@@ -141,12 +145,14 @@ fn check_unwritten<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels
     let shape = PagedPrefill {
         sequences: 1,
         tokens: chunk,
-        table_width: 40,
-        layer: 0,
-        heads: 4,
-        scale: 0.1,
-        window: None,
-        soft_cap: None,
+        attention: PagedAttention {
+            table_width: 40,
+            layer: 0,
+            heads: 4,
+            scale: 0.1,
+            window: None,
+            soft_cap: None,
+        },
     };
     let mut arena = KvCase::<KV>::random(random, arena_shape);
     for position in start + chunk..640 {
@@ -171,9 +177,7 @@ fn chunks_that_do_not_fit_are_refused() {
     let arena_shape =
         ArenaShape { blocks: 4, block_size: 16, layers: 1, kv_heads: 2, head_dim: 64 };
     let arena = Arena::<bf16>::new(&kernels, arena_shape).expect("memory");
-    let shape = PagedPrefill {
-        sequences: 1,
-        tokens: 3,
+    let attention = PagedAttention {
         table_width: 2,
         layer: 0,
         heads: 4,
@@ -181,6 +185,7 @@ fn chunks_that_do_not_fit_are_refused() {
         window: None,
         soft_cap: None,
     };
+    let shape = PagedPrefill { sequences: 1, tokens: 3, attention };
     let (tables, begins) = (upload(&kernels, &[0_u32, 1]), upload(&kernels, &[0_u32, 3]));
     let starts = upload(&kernels, &[0_u32]);
     let q = upload(&kernels, &[bf16::ONE; 3 * 4 * 64]);
@@ -191,11 +196,12 @@ fn chunks_that_do_not_fit_are_refused() {
         let words = done.expect_err(word).to_string();
         assert!(words.contains(word), "{words}");
     };
+    let attending = |attention| PagedPrefill { attention, ..shape };
     refuses(PagedPrefill { tokens: 4, ..shape }, "q");
     refuses(PagedPrefill { sequences: 2, ..shape }, "begins");
-    refuses(PagedPrefill { table_width: 3, ..shape }, "tables");
-    refuses(PagedPrefill { layer: 1, ..shape }, "layer");
-    refuses(PagedPrefill { heads: 3, ..shape }, "query heads");
+    refuses(attending(PagedAttention { table_width: 3, ..attention }), "tables");
+    refuses(attending(PagedAttention { layer: 1, ..attention }), "layer");
+    refuses(attending(PagedAttention { heads: 3, ..attention }), "query heads");
     refuses(PagedPrefill { sequences: 5000, ..shape }, "sequences");
-    refuses(PagedPrefill { scale: -1.0, ..shape }, "scale");
+    refuses(attending(PagedAttention { scale: -1.0, ..attention }), "scale");
 }

@@ -89,6 +89,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// A stage of a ring, and the parity of the phase that its barrier is in.
+struct Stage {
+    uint32_t index = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next(uint32_t stages) {
+        if (++index == stages) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 #if BULK_COPIES
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");

@@ -227,9 +227,9 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
 #endif
     }
 
-    __device__ __forceinline__ void await(uint32_t stage, uint32_t parity) {
+    __device__ __forceinline__ void await(Stage stage) {
 #if BULK_COPIES
-        barrier_wait(shared_address(&shared.barriers[warp][stage]), parity);
+        barrier_wait(shared_address(&shared.barriers[warp][stage.index]), stage.parity);
 #else
         wait_for_copies<STAGES - 1>();
 #endif
@@ -423,31 +423,33 @@ template <typename T, typename KV, int D, int N, int STAGES> struct Worker {
         Place asked, place;
         asked.enter(decode, all, begin_item);
         place = asked;
-        uint32_t stage = 0, parity = 1;
+        // The first round only asks.
+        Stage stage = {0, 1};
 #pragma unroll 1
         for (uint32_t asking = begin_item; asking < end + STAGES; asking++) {
             uint32_t item = asking - STAGES;
             bool is_there = asking >= begin_item + STAGES;
             if (is_there) {
                 if (item == begin_item || place.tile == 0) begin(queries, place);
-                await(stage, parity);
-                attend(place, stage);
+                await(stage);
+                attend(place, stage.index);
                 __syncwarp();
             }
-            ask_if(asking < end, asked, stage);
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            ask_if(asking < end, asked, stage.index);
+            stage.next(STAGES);
             if (!is_there) continue;
-            bool is_over = place.tile + 1 == place.tiles, has_begun = item - begin_item >= place.tile;
-            if (is_over || item + 1 == end) {
-                close();
-                if (is_over && has_begun) write(results, place);
-                else keep(2 * warp + has_begun, place);
-            }
+            leave_if(item + 1 == end, results, place, item - begin_item);
             place.next(decode, all);
         }
+    }
+
+    // What belongs to a (sequence, KV head) is left behind at its last tile, and at the last of the items. `before`: items before this.
+    __device__ __forceinline__ void leave_if(bool is_last, T* results, const Place& place, uint32_t before) {
+        bool is_over = place.tile + 1 == place.tiles, has_begun = before >= place.tile;
+        if (!is_over && !is_last) return;
+        close();
+        if (is_over && has_begun) write(results, place);
+        else keep(2 * warp + has_begun, place);
     }
 
     __device__ __forceinline__ void ask_if(bool is_there, Place& asked, uint32_t stage) {
@@ -634,22 +636,25 @@ template <int D, typename T> __device__ __forceinline__ void write_empty(const D
                 results[static_cast<size_t>(s) * row + i] = from_float<T>(Whole<D>(decode, s, i / D, -INFINITY, 0).of(0, i % D));
 }
 
-template <typename T, typename KV, int D, int N, int STAGES>
-__device__ __forceinline__ void decode_attention(const Decode& decode) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    let_next_begin();
-    const T* queries = static_cast<const T*>(decode.queries);
-    T* results = static_cast<T*>(decode.results);
-    auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
-    Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1, shared.sequences + 2 * decode.sequences + 1};
-    uint32_t warp = threadIdx.x / WARP;
+// What a block's shared memory holds before it begins.
+template <typename KV, int D, int N, int STAGES> __device__ __forceinline__ void make(Shared<KV, D, N, STAGES>& shared) {
 #if BULK_COPIES
     if (threadIdx.x % WARP == 0)
-        for (int stage = 0; stage < STAGES; stage++) barrier_init(shared_address(&shared.barriers[warp][stage]), 1);
+        for (int stage = 0; stage < STAGES; stage++) barrier_init(shared_address(&shared.barriers[threadIdx.x / WARP][stage]), 1);
     proxy_fence();
 #endif
     if (threadIdx.x < 2 * WARPS) shared.owners[threadIdx.x] = NOTHING;
     if (threadIdx.x < 2) shared.crossing[threadIdx.x] = NOTHING;
+}
+
+template <typename T, typename KV, int D, int N, int STAGES>
+__device__ __forceinline__ void decode_attention(const Decode& decode) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    let_next_begin();
+    T* results = static_cast<T*>(decode.results);
+    auto& shared = *reinterpret_cast<Shared<KV, D, N, STAGES>*>(memory);
+    Sequences all = {shared.sequences, shared.sequences + decode.sequences + 1, shared.sequences + 2 * decode.sequences + 1};
+    make(shared);
     wait_for_previous();
     look(decode, all, shared.scratch);
     write_empty<D>(decode, all, results);
@@ -657,10 +662,10 @@ __device__ __forceinline__ void decode_attention(const Decode& decode) {
     uint32_t count = min(gridDim.x, (items + WARPS - 1) / WARPS);
     if (blockIdx.x >= count) return;
     Pieces pieces(items, count);
-    uint32_t begin = pieces.begin(blockIdx.x);
+    uint32_t begin = pieces.begin(blockIdx.x), warp = threadIdx.x / WARP;
     Pieces own(pieces.begin(blockIdx.x + 1) - begin, WARPS);
     Worker<T, KV, D, N, STAGES> worker(decode, shared, all);
-    worker.run(queries, results, begin + own.begin(warp), begin + own.begin(warp + 1));
+    worker.run(static_cast<const T*>(decode.queries), results, begin + own.begin(warp), begin + own.begin(warp + 1));
     __syncthreads();
     Ends<T, KV, D, N, STAGES>{decode, shared, all, results, pieces}.finish();
 }

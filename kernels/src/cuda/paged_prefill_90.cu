@@ -89,17 +89,6 @@ template <typename T, typename KV, int D> struct Memory {
 };
 static_assert(ROWS == POSITIONS, "tiles of q are as large as those of K");
 
-struct Stage {
-    uint32_t index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++index == STAGES) {
-            index = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // The warp that takes work when the block needs some, since units differ in what they see.
 template <typename T, typename KV, int D> __device__ __forceinline__ void take_work(const Prefill& prefill, Memory<T, KV, D>& memory) {
     uint32_t units = memory.before[prefill.sequences] * prefill.arena.kv_heads, index = blockIdx.x, lane = threadIdx.x % WARP;
@@ -182,7 +171,7 @@ template <typename T, typename KV, int D> struct Producer {
         wait_for_copies<0>();
         if (IS_WIDENED<KV>) convert_queries(tile);
         tell();
-        stage.next();
+        stage.next(STAGES);
     }
 
     // Makes f16 of the chunks that this lane has copied.
@@ -230,7 +219,7 @@ template <typename T, typename KV, int D> struct Producer {
             bulk_copy<EVICT_NORMAL>(to + lane * bytes, from, bytes, barrier);
         }
         if (has_gaps) clear(work, tile, absent);
-        stage.next();
+        stage.next(STAGES);
     }
 
     // Clears the rows of V that are of nobody: a weight of nothing times what is no number is no number.
@@ -266,7 +255,7 @@ template <typename T, typename KV, int D> struct Widener {
         while (true) {
             Work work = await_work(memory, parity);
             if (work.is_none) return;
-            for (int32_t tile = work.last; tile >= work.first; tile--, stage.next())
+            for (int32_t tile = work.last; tile >= work.first; tile--, stage.next(STAGES))
                 if (stage.index == own) widen_tile();
         }
     }
@@ -404,7 +393,7 @@ template <typename T, typename KV, int D, bool CAPPED> struct Consumer {
     __device__ __forceinline__ void release(Asked which) {
         __syncwarp();
         arrive_if(lane == 0, shared_address(&memory.free[which][stages[which].index]));
-        stages[which].next();
+        stages[which].next(STAGES);
     }
 
     // Queues the scores of the tile.

@@ -139,16 +139,6 @@ template <int ROWS, int OUTPUTS, bool SHARED> struct Unit {
     }
 };
 
-struct Stage {
-    uint32_t index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next(uint32_t stages) {
-        if (++index < stages) return;
-        index = 0;
-        parity ^= 1;
-    }
-};
-
 // The warp that asks. What it counts with is the same for all lanes, so that it is in registers of the warp.
 template <int ROWS, int OUTPUTS, bool SHARED> struct Producer {
     using Sizes = Tile<ROWS, OUTPUTS, SHARED>;

@@ -91,10 +91,11 @@ struct Unit {
     }
 };
 
-// Into how many pieces the line is cut: so many that no rows lie across more of them than parts are put together.
+// Into how many pieces the line is cut: rows of `most_tiles` lie across two more than whole pieces fit into them, and no more than
+// are put together, however short the shortest piece is.
 __device__ __forceinline__ uint32_t count_pieces(uint32_t items, uint32_t most_tiles) {
-    uint64_t most = most_tiles == 0 ? 0 : static_cast<uint64_t>(items) * (MOST_PARTS - 2) / most_tiles;
-    return min(gridDim.x, max(1u, min(items / LEAST_TILES, static_cast<uint32_t>(most))));
+    uint32_t least = max(LEAST_TILES, (most_tiles + MOST_PARTS - 3) / (MOST_PARTS - 2));
+    return min(gridDim.x, max(1u, items / least));
 }
 
 // Attends with a unit's rows to the positions of `count` tiles from its `first` on.

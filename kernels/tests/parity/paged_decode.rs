@@ -155,6 +155,32 @@ fn check_shared<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
     Case::<T, KV>::random(random).share(random).check(kernels);
 }
 
+/// Rows lie across as many pieces of the line as are put together.
+#[test]
+fn long_prefixes_are_read_whole() {
+    let kernels = kernels();
+    cases(20, |random| any_kv_dtype!(random, check_long(random, &kernels)));
+}
+
+fn check_long<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
+    let head_dim = random.choice([64, 128, 256]).unwrap_or(64);
+    let kv_heads = random.u32(2..=8);
+    let arena_shape = ArenaShape { blocks: 150, block_size: 64, layers: 1, kv_heads, head_dim };
+    let attention = PagedAttention {
+        table_width: random.u32(129..=148),
+        layer: 0,
+        heads: kv_heads,
+        scale: 0.1,
+        window: None,
+        soft_cap: None,
+    };
+    let mut case =
+        Case::<T, KV>::filled(random, PagedDecode { sequences: 2, attention }, arena_shape);
+    case.lengths.fill(attention.table_width * 64);
+    case.prefixes = Some([vec![0, 2], vec![attention.table_width]]);
+    case.check(kernels);
+}
+
 /// Groups that do not follow each other share nothing.
 #[test]
 fn overlapping_groups_are_none() {
@@ -239,4 +265,9 @@ fn lengths_that_do_not_fit_are_refused() {
     refuses(attending(PagedAttention { window: Some(0), ..attention }), "window");
     refuses(attending(PagedAttention { soft_cap: Some(0.0), ..attention }), "soft cap");
     refuses(PagedDecode { sequences: 5000, ..shape }, "sequences");
+    let narrow = ArenaShape { head_dim: 8, ..arena_shape };
+    let mut scratch = DecodeScratch::new(&kernels, narrow, 2).expect("memory");
+    let input = DecodeInput { tables: &tables, lengths: &lengths, prefixes: None };
+    let done = kernels.paged_decode(&shape, &arena, &input, (&q, &mut out), &mut scratch);
+    assert!(done.unwrap_err().to_string().contains("parts"), "scratch of smaller heads");
 }

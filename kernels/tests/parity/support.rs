@@ -125,13 +125,15 @@ pub(crate) struct KvCase<KV> {
 }
 
 impl<KV> KvCase<KV> {
-    /// Random numbers from -1 to 1.
+    /// Random numbers up to 1 from -1, or from 0: then what is left out of a sum of weights is seen, however many are averaged.
     pub(crate) fn random<T: Real>(random: &mut Rng, shape: ArenaShape) -> Self
     where
         KV: KvNumber<T>,
     {
         let len = shape.len().unwrap_or(0);
-        let values = (0..len).map(|_| KV::stored(random.f32() * 2.0 - 1.0)).collect();
+        let least = random.choice([-1.0, 0.0]).unwrap_or(0.0);
+        let number = |_| KV::stored(least + (1.0 - least) * random.f32());
+        let values = (0..len).map(number).collect();
         let scale = |_| if KV::MOST == 1.0 { 1.0 } else { (0.25 + 0.75 * random.f32()) / KV::MOST };
         Self { shape, values, scales: (0..shape.layers * shape.kv_heads * 2).map(scale).collect() }
     }

@@ -71,7 +71,7 @@ fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<(), String> {
     let object = out.join(name).with_extension("fatbin");
     let mut command = Command::new(nvcc);
     command.args(["-fatbin", "-O3", "-std=c++17", "--compress-mode=size", "-Werror=all-warnings"]);
-    command.args(architectures()).arg("-o").arg(&object).arg(source);
+    command.args(architectures()?).arg("-o").arg(&object).arg(source);
     let (done, words) = (out.join(name).with_extension("done"), format!("{command:?}"));
     if is_newer(&done, source) && std::fs::read_to_string(&done).is_ok_and(|of| of == words) {
         return Ok(());
@@ -93,13 +93,17 @@ fn is_newer(done: &Path, source: &Path) -> bool {
     time(done).zip(latest).is_some_and(|(done, latest)| done > latest)
 }
 
-fn architectures() -> Vec<String> {
+fn architectures() -> Result<Vec<String>, String> {
+    let list = env::var("BINDERY_CUDA_ARCHS").unwrap_or_default();
+    let asked: Vec<_> = list.split(',').map(str::trim).filter(|it| !it.is_empty()).collect();
+    if let Some(unknown) = asked.iter().find(|it| !ARCHITECTURES.contains(it)) {
+        let known = ARCHITECTURES.join(", ");
+        return Err(format!("BINDERY_CUDA_ARCHS names {unknown}: wanted some of {known}"));
+    }
+    let asked = if asked.is_empty() { ARCHITECTURES.to_vec() } else { asked };
     let code = |arch: &str| match arch.strip_suffix("-virtual") {
         Some(arch) => format!("-gencode=arch=compute_{arch},code=compute_{arch}"),
         None => format!("-gencode=arch=compute_{arch},code=sm_{arch}"),
     };
-    match env::var("BINDERY_CUDA_ARCHS") {
-        Ok(list) if !list.is_empty() => list.split(',').map(code).collect(),
-        _ => ARCHITECTURES.into_iter().map(code).collect(),
-    }
+    Ok(asked.into_iter().map(code).collect())
 }

@@ -126,6 +126,11 @@ mod launch {
             same("q", q, rows)?;
             same("out", out, rows)?;
             same("tables", tables, len(&[sequences, self.table_width]))?;
+            if !matches!(shape.block_size, 8 | 16 | 32 | 64) {
+                let size = shape.block_size;
+                let why = format!("attention over blocks of {size}: wanted 8, 16, 32 or 64");
+                return Err(LaunchError::Unsupported(why));
+            }
             let Self { scale, window, soft_cap, .. } = *self;
             let is_positive = |factor: f32| factor > 0.0 && factor.is_finite();
             if is_positive(scale) && window != Some(0) && soft_cap.is_none_or(is_positive) {

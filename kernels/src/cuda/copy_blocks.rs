@@ -97,7 +97,7 @@ mod launch {
             launched("copy_blocks", unsafe { grid.queue(self, function, &argument) })
         }
 
-        /// Queues the copy of a block to pinned memory of the host, which must stay until the stream has come that far.
+        /// Queues the copy of a block to pinned memory of the host, which must not be read nor dropped before the stream has come that far.
         ///
         /// # Errors
         /// When the block is not there or the memory is no block's.
@@ -112,7 +112,7 @@ mod launch {
             launched("copy a block to the host", self.stream().memcpy_dtoh(&from, to))
         }
 
-        /// Queues the copy of a block from pinned memory of the host, which must stay until the stream has come that far.
+        /// Queues the copy of a block from pinned memory of the host, which must not be written nor dropped before the stream has come that far.
         ///
         /// # Errors
         /// When the block is not there or the memory is no block's.

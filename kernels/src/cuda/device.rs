@@ -50,6 +50,7 @@ pub struct Kernels {
     stream: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     multiprocessors: u32,
+    most_shared: u32,
     /// Of every launch: all modules are built for the same devices.
     begins: Begins,
 }
@@ -75,7 +76,8 @@ impl Kernels {
         }
         let begins = Begins::of(&functions[MODULES[0].functions[0]]);
         let begins = begins.map_err(driver("ask what a kernel was built for"))?;
-        Ok(Self { context, stream, functions, multiprocessors: count.unsigned_abs(), begins })
+        let (multiprocessors, most_shared) = (count.unsigned_abs(), most.unsigned_abs());
+        Ok(Self { context, stream, functions, multiprocessors, most_shared, begins })
     }
 
     /// The stream.
@@ -91,6 +93,11 @@ impl Kernels {
     /// Multiprocessors of the device.
     pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    /// Bytes of shared memory that a block may have.
+    pub(super) fn most_shared(&self) -> u32 {
+        self.most_shared
     }
 
     /// Whether the kernels with Hopper's own instructions are there: the device is one, and this was built for it.
@@ -115,7 +122,8 @@ impl Kernels {
         })
     }
 
-    /// Takes memory of the host that copies reach without help.
+    /// Takes memory of the host that copies reach without help. It does not wait for them, neither where it is read nor where it is
+    /// dropped: whoever queues a copy does.
     ///
     /// # Errors
     /// When the host has not as much.

@@ -90,6 +90,11 @@ mod launch {
     /// Blocks of a multiprocessor at most: more do not read faster.
     const BLOCKS: u32 = 2;
 
+    /// Numbers of the parts that the largest grid leaves: two of a block.
+    fn parts(kernels: &Kernels, shape: &ArenaShape) -> usize {
+        len(&[2 * BLOCKS, kernels.multiprocessors(), 2 * HEADS, shape.head_dim + 2])
+    }
+
     /// What a launch keeps between its blocks. As it is made, and after every launch, nothing has arrived.
     #[derive(Debug)]
     pub struct DecodeScratch {
@@ -108,11 +113,11 @@ mod launch {
             shape: ArenaShape,
             sequences: u32,
         ) -> Result<Self, DeviceError> {
-            let parts = 2 * BLOCKS * kernels.multiprocessors() * 2 * HEADS * (shape.head_dim + 2);
+            let parts = parts(kernels, &shape);
             let mut arrived = kernels.memory(sequences as usize * shape.kv_heads as usize)?;
             let cleared = kernels.stream().memset_zeros(&mut arrived);
             cleared.map_err(|source| DeviceError::Driver { what: "clear memory", source })?;
-            Ok(Self { parts: kernels.memory(parts as usize)?, arrived, prefix: None })
+            Ok(Self { parts: kernels.memory(parts)?, arrived, prefix: None })
         }
 
         /// Also for launches whose sequences share prefixes, of so many query heads.
@@ -155,6 +160,7 @@ mod launch {
     impl PagedDecode {
         fn check<T>(
             &self,
+            kernels: &Kernels,
             arena: &Arena<T>,
             input: &DecodeInput<'_>,
             scratch: &DecodeScratch,
@@ -165,6 +171,7 @@ mod launch {
             attention.check(shape, (self.sequences, self.sequences), lens)?;
             below("query heads of a KV head", attention.group(shape), 2 * HEADS + 1)?;
             same("lengths", input.lengths.len(), self.sequences as usize)?;
+            at_least("parts", scratch.parts.len(), parts(kernels, shape))?;
             let pairs = len(&[self.sequences, shape.kv_heads]);
             at_least("arrived", scratch.arrived.len(), pairs)?;
             // All tiles of all sequences are counted in 32 bits.
@@ -188,18 +195,16 @@ mod launch {
             (q, out): (&CudaSlice<T>, &mut CudaSlice<T>),
             scratch: &mut DecodeScratch,
         ) -> Result<(), LaunchError> {
-            shape.check(arena, input, scratch, (q.len(), out.len()))?;
+            shape.check(self, arena, input, scratch, (q.len(), out.len()))?;
             if shape.sequences == 0 {
                 return Ok(());
             }
-            let dims = arena.shape.head_dim;
-            let heads = shape.attention.group(&arena.shape).next_multiple_of(HEADS);
-            let name = format!("decode_{}{}_{dims}_{heads}", T::NAME, KV::SUFFIX);
-            let unsupported = || {
-                LaunchError::Unsupported(format!("{name}, blocks of {}", arena.shape.block_size))
-            };
-            let is_built = matches!(arena.shape.block_size, 8 | 16 | 32 | 64);
-            let function = self.function(&name).filter(|_| is_built).ok_or_else(unsupported)?;
+            let (dims, group) = (arena.shape.head_dim, shape.attention.group(&arena.shape));
+            let heads = group.next_multiple_of(HEADS);
+            let function =
+                self.kernel(&format!("decode_{}{}_{dims}_{heads}", T::NAME, KV::SUFFIX))?;
+            let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
+            let grid = self.decode_grid(shape.sequences, heads, (dims, row))?;
             let mut prefix = PrefixArgument::default();
             if let Some(prefixes) = &input.prefixes {
                 let none = || LaunchError::Unsupported("prefixes without their scratch".to_owned());
@@ -208,15 +213,30 @@ mod launch {
                 prefix = scratch.argument(self);
             }
             let argument = self.argument((shape, prefix), (arena, input), (q, out), scratch);
-            let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
-            let warps = warps(self.begins());
-            let shared_bytes = shared_bytes(warps, shape.sequences, heads, (dims, row));
-            let blocks = (SHARED / (shared_bytes + PER_BLOCK)).clamp(1, BLOCKS);
-            let grid = Grid::of([self.multiprocessors() * blocks, 1], warps * 32);
-            let grid = Grid { shared_bytes, ..grid }.spread(self, blocks);
             // SAFETY: the argument is that of `decode_*` in paged_decode.cu, which stays within the lengths checked above, bounds
             // lengths and block ids by them and waits before it reads.
             launched("paged_decode", unsafe { grid.queue(self, function, &argument) })
+        }
+
+        /// `heads`, `dims`, `row`: as [`shared_bytes`] takes them.
+        fn decode_grid(
+            &self,
+            sequences: u32,
+            heads: u32,
+            (dims, row): (u32, u32),
+        ) -> Result<Grid, LaunchError> {
+            let warps = warps(self.begins());
+            let (bytes, most) =
+                (shared_bytes(warps, sequences, heads, (dims, row)), self.most_shared());
+            if bytes > most {
+                let what = format!("decode attention of {sequences} sequences, {dims} a head");
+                let why =
+                    format!("{what}: {bytes} bytes of shared memory, of which there are {most}");
+                return Err(LaunchError::Unsupported(why));
+            }
+            let blocks = (SHARED / (bytes + PER_BLOCK)).clamp(1, BLOCKS);
+            let grid = Grid::of([self.multiprocessors() * blocks, 1], warps * 32);
+            Ok(Grid { shared_bytes: bytes, ..grid }.spread(self, blocks))
         }
 
         fn argument<T: Real, KV: DeviceRepr>(

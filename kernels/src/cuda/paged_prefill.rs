@@ -136,10 +136,7 @@ mod launch {
             if shape.sequences == 0 || shape.tokens == 0 {
                 return Ok(());
             }
-            let (size, dims) = (arena.shape.block_size, arena.shape.head_dim);
-            if !matches!(size, 8 | 16 | 32 | 64) {
-                return Err(LaunchError::Unsupported(format!("prefill on blocks of {size}")));
-            }
+            let dims = arena.shape.head_dim;
             let bytes = u32::try_from(size_of::<KV>()).unwrap_or(2);
             let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
             let prefix = if is_hopper { "prefill_90" } else { "prefill" };

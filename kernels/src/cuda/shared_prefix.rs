@@ -87,16 +87,20 @@ mod launch {
         lengths: u64,
     }
 
+    /// Numbers of the parts that the grid leaves: two of a block.
+    fn parts(kernels: &Kernels, shape: &ArenaShape) -> usize {
+        len(&[2 * BLOCKS, kernels.multiprocessors(), ROWS, shape.head_dim + 2])
+    }
+
     impl PrefixScratch {
         pub(in crate::cuda) fn new(
             kernels: &Kernels,
             shape: ArenaShape,
             (sequences, heads): (u32, u32),
         ) -> Result<Self, DeviceError> {
-            let grid = BLOCKS * kernels.multiprocessors();
-            let rows = sequences as usize * heads as usize;
+            let rows = len(&[sequences, heads]);
             Ok(Self {
-                parts: kernels.memory((2 * grid * ROWS * (shape.head_dim + 2)) as usize)?,
+                parts: kernels.memory(parts(kernels, &shape))?,
                 across: kernels.memory(rows * 2)?,
                 values: kernels.memory(rows * shape.head_dim as usize)?,
                 sums: kernels.memory(rows * 2)?,
@@ -115,6 +119,7 @@ mod launch {
 
         fn check(
             &self,
+            kernels: &Kernels,
             decode: &PagedDecode,
             shape: &ArenaShape,
             prefixes: &PrefixInput<'_>,
@@ -123,6 +128,9 @@ mod launch {
             let groups = u32::try_from(prefixes.blocks.len()).unwrap_or(u32::MAX);
             below("groups", groups, MOST_GROUPS + 1)?;
             same("begins of groups", prefixes.begins.len(), groups as usize + 1)?;
+            at_least("parts", self.parts.len(), parts(kernels, shape))?;
+            at_least("rows across parts", self.across.len(), 2 * rows)?;
+            at_least("shared lengths", self.lengths.len(), decode.sequences as usize)?;
             at_least("rows of shared parts", self.sums.len(), 2 * rows)?;
             at_least("shared parts", self.values.len(), rows * shape.head_dim as usize)?;
             Ok(groups)
@@ -154,7 +162,7 @@ mod launch {
             q: &CudaSlice<T>,
             scratch: &mut PrefixScratch,
         ) -> Result<(), LaunchError> {
-            let groups = scratch.check(decode, &arena.shape, prefixes)?;
+            let groups = scratch.check(self, decode, &arena.shape, prefixes)?;
             let dims = arena.shape.head_dim;
             let function =
                 self.kernel(&format!("shared_prefix_{}{}_{dims}", T::NAME, KV::SUFFIX))?;

@@ -162,25 +162,27 @@ impl<'a> Chain<'a> {
         let stream = self.kernels.stream();
         stream.memcpy_htod(&self.before.values, self.arena.values_mut()).unwrap();
         stream.memset_zeros(&mut self.residual).unwrap();
-        for row in 0..self.rows {
-            let params = SamplingParams {
-                temperature: 1.0,
-                seed: u64::from(row),
-                frequency_penalty: 0.5,
-                logprobs: Some(TOP),
-                ..SamplingParams::greedy()
-            };
-            let admission = Admission {
-                row,
-                choice: 0,
-                params,
-                history: 0..8,
-                prompt_len: 2,
-                biases: 0..0,
-                stops: 0..0,
-            };
-            self.kernels.admit_row(&mut self.states, &admission, &self.given.words).unwrap();
-        }
+        (0..self.rows).for_each(|row| self.admit(row));
+    }
+
+    fn admit(&mut self, row: u32) {
+        let params = SamplingParams {
+            temperature: 1.0,
+            seed: u64::from(row),
+            frequency_penalty: 0.5,
+            logprobs: Some(TOP),
+            ..SamplingParams::greedy()
+        };
+        let admission = Admission {
+            row,
+            choice: 0,
+            params,
+            history: 0..8,
+            prompt_len: 2,
+            biases: 0..0,
+            stops: 0..0,
+        };
+        self.kernels.admit_row(&mut self.states, &admission, &self.given.words).unwrap();
     }
 
     /// A step, with `pause` after each operation.
@@ -188,6 +190,9 @@ impl<'a> Chain<'a> {
         self.embed(&pause);
         self.attend(&pause);
         self.leave(&pause);
+        // A row is cleared, which is no launch, and begins anew.
+        self.admit(0);
+        pause();
     }
 
     fn embed(&mut self, pause: impl Fn()) {

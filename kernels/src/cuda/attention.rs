@@ -13,7 +13,8 @@ pub struct PagedAttention {
     pub heads: u32,
     /// Above 0.
     pub scale: f32,
-    /// A token sees this many positions, its own included; above 0.
+    /// A token sees this many positions, its own included; above 0. What lies before them in a block that is there must be numbers:
+    /// some kernels multiply it by weights of 0.
     pub window: Option<u32>,
     /// Scores become cap * tanh(score / cap); above 0.
     pub soft_cap: Option<f32>,
@@ -131,6 +132,9 @@ mod launch {
                 let why = format!("attention over blocks of {size}: wanted 8, 16, 32 or 64");
                 return Err(LaunchError::Unsupported(why));
             }
+            // Positions are counted in 32 bits.
+            let positions = len(&[self.table_width, shape.block_size]);
+            below("positions of a table", u32::try_from(positions).unwrap_or(u32::MAX), 1 << 30)?;
             let Self { scale, window, soft_cap, .. } = *self;
             let is_positive = |factor: f32| factor > 0.0 && factor.is_finite();
             if is_positive(scale) && window != Some(0) && soft_cap.is_none_or(is_positive) {

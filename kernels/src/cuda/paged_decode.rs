@@ -168,8 +168,8 @@ mod launch {
         ) -> Result<(), LaunchError> {
             let (shape, attention) = (&arena.shape, &self.attention);
             let lens = [input.tables.len(), q, out];
-            attention.check(shape, (self.sequences, self.sequences), lens)?;
             below("query heads of a KV head", attention.group(shape), 2 * HEADS + 1)?;
+            attention.check(shape, (self.sequences, self.sequences), lens)?;
             same("lengths", input.lengths.len(), self.sequences as usize)?;
             at_least("parts", scratch.parts.len(), parts(kernels, shape))?;
             let pairs = len(&[self.sequences, shape.kv_heads]);

@@ -112,11 +112,10 @@ mod launch {
             attention.check(shape, (self.sequences, self.tokens), lens)?;
             same("begins", input.begins.len(), self.sequences as usize + 1)?;
             same("starts", input.starts.len(), self.sequences as usize)?;
-            // Rows and positions are counted in 32 bits.
+            // Tiles of 64 rows are counted in 32 bits, even if every sequence has all rows.
             let rows = len(&[self.tokens, attention.heads]);
-            let positions = len(&[attention.table_width, shape.block_size]);
-            let fits = rows.max(positions) < 1 << 30;
-            Ok(fits.then_some(()).ok_or(KernelError::Overflow("the tables or tokens"))?)
+            let fits = rows < 1 << 30 && len(&[self.sequences]).saturating_mul(rows) < 1 << 36;
+            Ok(fits.then_some(()).ok_or(KernelError::Overflow("the tokens"))?)
         }
     }
 

@@ -198,7 +198,8 @@ fn chunks_that_do_not_fit_are_refused() {
     };
     let attending = |attention| PagedPrefill { attention, ..shape };
     refuses(PagedPrefill { tokens: 4, ..shape }, "q");
-    refuses(PagedPrefill { sequences: 2, ..shape }, "begins");
+    let narrow = PagedAttention { table_width: 1, ..attention };
+    refuses(PagedPrefill { sequences: 2, attention: narrow, ..shape }, "begins");
     refuses(attending(PagedAttention { table_width: 3, ..attention }), "tables");
     refuses(attending(PagedAttention { layer: 1, ..attention }), "layer");
     refuses(attending(PagedAttention { heads: 3, ..attention }), "query heads");

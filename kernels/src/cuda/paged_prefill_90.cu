@@ -1,10 +1,11 @@
 // Paged prefill attention for sm_90a, after FlashAttention-3 (Shah et al., arXiv 2407.08608): one warp takes work, three ask for
 // queries, K and V, the last two through the block table; two warpgroups have 64 rows each, with the next tile's scores on their way
 // while they work on this one's, over the ends of units too. Blocks of the arena come as they are: they are stored as the matrix
-// instructions want them. Numbers of 8 bits come into the end of a tile and are widened to f16 from its beginning on, by a warp for
-// each stage of K and V.
+// instructions want them. Numbers of 8 bits come into the end of each half of a tile and are widened to f16 from its beginning on, by
+// a warp for each half of K and of V.
 #include "fragments.cuh"
 #include "paged_prefill.cuh"
+#include <type_traits>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "warpgroup.cuh"
@@ -14,8 +15,10 @@ constexpr int POSITIONS = 128;
 constexpr int STAGES = 2;
 constexpr int GROUP_THREADS = 128;
 constexpr int CONSUMERS = 2;
-// Warps that widen: one for each stage of K and V.
-constexpr int WIDENERS = 2 * STAGES;
+// Positions of half a tile, within which a block lies.
+constexpr int HALF = 64;
+// Warps that widen: one for each half of K and of V.
+constexpr int WIDENERS = 2 * POSITIONS / HALF;
 constexpr int CONSUMER_WARPS = CONSUMERS * GROUP_THREADS / WARP;
 // What warps ask for, in the order of the warps.
 enum Asked : uint32_t { K, V, Q, ASKED };
@@ -27,6 +30,14 @@ __device__ uint32_t taken;
 __device__ __forceinline__ void arrive_if(bool is_so, uint32_t barrier) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%1];\n}\n"
                  :: "r"(static_cast<int>(is_so)), "r"(barrier) : "memory");
+}
+
+// Four numbers of 8 bits.
+__device__ __forceinline__ uint2 widen_four(uint32_t four) {
+    uint2 wide;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}\n"
+        : "=r"(wide.x), "=r"(wide.y) : "r"(four));
+    return wide;
 }
 
 __device__ __forceinline__ uint32_t lane_id() {
@@ -64,8 +75,8 @@ template <typename KV> constexpr bool IS_WIDENED = sizeof(KV) == 1;
 
 template <typename T, typename KV, int D> struct Memory {
     static constexpr int TILE_BYTES = POSITIONS / ATOM_ROWS * Layout<T, D>::GROUP;
-    // Where what comes from the arena begins in a tile.
-    static constexpr int CAME = TILE_BYTES - POSITIONS / ATOM_ROWS * Layout<KV, D>::GROUP;
+    // Bytes by which half a tile is more than what comes for it.
+    static constexpr int MORE = HALF / ATOM_ROWS * (Layout<T, D>::GROUP - Layout<KV, D>::GROUP);
     alignas(1024) uint8_t tiles[ASKED][STAGES][TILE_BYTES];
     // 8 rows of results of a warp, on their way out.
     alignas(16) uint8_t results[CONSUMER_WARPS][Layout<T, D>::GROUP];
@@ -81,6 +92,9 @@ template <typename T, typename KV, int D> struct Memory {
     uint32_t absent[STAGES];
     uint32_t scratch[WARP];
     uint32_t before[1];  // [sequences + 1]
+
+    // Where a position that has come lies beyond its place among those that come.
+    static __device__ __forceinline__ uint32_t shift(uint32_t position) { return (position / HALF + 1) * MORE; }
 
     // The barrier of what comes.
     __device__ __forceinline__ uint32_t came(Asked which, uint32_t stage) {
@@ -169,20 +183,8 @@ template <typename T, typename KV, int D> struct Producer {
         }
         commit_copies();
         wait_for_copies<0>();
-        if (IS_WIDENED<KV>) convert_queries(tile);
         tell();
         stage.next(STAGES);
-    }
-
-    // Makes f16 of the chunks that this lane has copied.
-    __device__ __forceinline__ void convert_queries(uint32_t tile) {
-#pragma unroll 4
-        for (uint32_t step = 0; step < ROWS * CHUNKS / WARP; step++) {
-            uint32_t to = tile + L::chunk((step * WARP + lane) / CHUNKS, lane % CHUNKS);
-            uint4 chunk = load_shared(to);
-            using F = Fragments<T, E4m3, D>;
-            store_shared(to, {F::query(chunk.x), F::query(chunk.y), F::query(chunk.z), F::query(chunk.w)});
-        }
     }
 
     __device__ __forceinline__ void ask_tiles(const Work& work) {
@@ -207,7 +209,7 @@ template <typename T, typename KV, int D> struct Producer {
         uint32_t bytes = arena.block_size / ATOM_ROWS * Stored::GROUP, there = __ballot_sync(~0u, id < arena.blocks);
         uint32_t absent = __ballot_sync(~0u, lane < POSITIONS / 8 && (there >> (lane * 8 / arena.block_size) & 1) == 0);
         bool has_gaps = which == V && (absent != 0 || (tile + 1) * POSITIONS > work.rows.context);
-        uint32_t to = shared_address(await_stage()) + memory.CAME;
+        uint32_t to = shared_address(await_stage());
         uint32_t barrier = has_gaps ? shared_address(&memory.landed) : memory.came(which, stage.index);
         if (lane == 0) {
             if (which == K) memory.absent[stage.index] = absent;
@@ -216,7 +218,7 @@ template <typename T, typename KV, int D> struct Producer {
         __syncwarp();
         if (id < arena.blocks) {
             const uint8_t* from = arena.data + Stored::head(arena, id, prefill.layer, which, work.unit.head);
-            bulk_copy<EVICT_NORMAL>(to + lane * bytes, from, bytes, barrier);
+            bulk_copy<EVICT_NORMAL>(to + lane * bytes + memory.shift(lane * arena.block_size), from, bytes, barrier);
         }
         if (has_gaps) clear(work, tile, absent);
         stage.next(STAGES);
@@ -228,66 +230,65 @@ template <typename T, typename KV, int D> struct Producer {
         for (uint32_t row = lane; row < POSITIONS; row += WARP)
             if (tile * POSITIONS + row >= work.rows.context || (absent >> (row / 8) & 1) != 0)
                 for (uint32_t chunk = 0; chunk < Stored::ROW / 16; chunk++)
-                    *reinterpret_cast<uint4*>(memory.tiles[V][stage.index] + memory.CAME + Stored::chunk(row, chunk)) = uint4{};
+                    *reinterpret_cast<uint4*>(memory.tiles[V][stage.index] + memory.shift(row) + Stored::chunk(row, chunk)) = uint4{};
         tell();
     }
 };
 
-// A warp that widens every second tile of K or V.
+// A warp that widens half of each tile of K or V.
 template <typename T, typename KV, int D> struct Widener {
     using L = Layout<__half, D>;
     using Stored = Layout<KV, D>;
-    // 8 rows are so many loads of a warp, 16 bytes a lane; so many groups of them are loaded at once.
-    static constexpr int LOADS = Stored::GROUP / 16 / WARP, GROUPS = 4 / LOADS;
+    // A warp loads 8 rows with so many loads of 16 bytes.
+    static constexpr int LOADS = Stored::GROUP / 16 / WARP;
 
     Memory<T, KV, D>& memory;
     Asked which;
-    // The stage whose tiles it widens.
-    uint32_t own;
+    uint32_t half;
     uint32_t parity = 0;
     Stage stage;
     uint32_t lane = threadIdx.x % WARP;
     // Eight lanes have four neighbouring chunks of two rows that differ in their lowest and highest bit: no bank twice, neither of what
     // they load nor of what they store.
-    uint32_t row = lane / 8 ^ (lane / 4 % 2 * 5), chunk = lane % 4;
+    uint32_t row = lane / 8 ^ lane / 4 % 2 * 5, chunk = lane % 4;
 
     __device__ __forceinline__ void run() {
         while (true) {
             Work work = await_work(memory, parity);
             if (work.is_none) return;
-            for (int32_t tile = work.last; tile >= work.first; tile--, stage.next(STAGES))
-                if (stage.index == own) widen_tile();
+            for (int32_t tile = work.last; tile >= work.first; tile--) widen_half();
         }
     }
 
     // In place: what is stored never reaches what is still to be loaded.
-    __device__ __forceinline__ void widen_tile() {
-        barrier_wait(memory.came(which, own), stage.parity);
-        uint32_t to = shared_address(memory.tiles[which][own]), from = to + memory.CAME;
-#pragma unroll 1
-        for (int group = 0; group < POSITIONS / ATOM_ROWS; group += GROUPS) {
-            uint4 stored[GROUPS][LOADS];
+    __device__ __forceinline__ void widen_half() {
+        barrier_wait(memory.came(which, stage.index), stage.parity);
+        uint32_t to = shared_address(memory.tiles[which][stage.index]) + half * (HALF / ATOM_ROWS * L::GROUP), from = to + memory.MORE;
+        uint32_t pair[2] = {to + L::chunk(row, chunk * 2), to + L::chunk(row, chunk * 2 + 1)};
+        uint4 stored[2][LOADS];
+        load(stored[0], from);
 #pragma unroll
-            for (int i = 0; i < GROUPS; i++)
-#pragma unroll
-                for (int j = 0; j < LOADS; j++) stored[i][j] = load_shared(from + i * Stored::GROUP + Stored::chunk(row, chunk + j * 4));
+        for (int group = 0; group < HALF / ATOM_ROWS; group++) {
+            if (group + 1 < HALF / ATOM_ROWS) load(stored[(group + 1) % 2], from + (group + 1) * Stored::GROUP);
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < GROUPS; i++)
-#pragma unroll
-                for (int j = 0; j < LOADS; j++) store(to + i * L::GROUP + L::chunk(row, (chunk + j * 4) * 2), stored[i][j]);
-            from += GROUPS * Stored::GROUP;
-            to += GROUPS * L::GROUP;
+            for (int i = 0; i < LOADS; i++) {
+                const uint4& x = stored[group % 2][i];
+                uint32_t offset = group * L::GROUP + i * L::ATOM;
+                uint2 wide[4] = {widen_four(x.x), widen_four(x.y), widen_four(x.z), widen_four(x.w)};
+                store_shared(pair[0] + offset, {wide[0].x, wide[0].y, wide[1].x, wide[1].y});
+                store_shared(pair[1] + offset, {wide[2].x, wide[2].y, wide[3].x, wide[3].y});
+            }
         }
         proxy_fence();
         __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&memory.full[which][own]));
+        if (lane == 0) barrier_arrive(shared_address(&memory.full[which][stage.index]));
+        stage.next(STAGES);
     }
 
-    // Two chunks of a row, which are a pair wherever they lie.
-    static __device__ __forceinline__ void store(uint32_t to, const uint4& stored) {
-        store_shared(to, {widen(stored.x), widen(stored.x >> 16), widen(stored.y), widen(stored.y >> 16)});
-        store_shared(to ^ 16, {widen(stored.z), widen(stored.z >> 16), widen(stored.w), widen(stored.w >> 16)});
+    __device__ __forceinline__ void load(uint4 (&stored)[LOADS], uint32_t group) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) stored[i] = load_shared(group + Stored::chunk(row, chunk + i * 4));
     }
 };
 
@@ -375,6 +376,24 @@ template <typename T, typename KV, int D, bool CAPPED> struct Consumer {
         }
         k_scale = Stored::scale(prefill.arena, prefill.layer, K, work.unit.head);
         barrier_wait(full(Q), stages[Q].parity);
+        if (!std::is_same_v<T, Number>) convert_queries();
+    }
+
+    // Makes f16 of this group's queries, in their place.
+    __device__ __forceinline__ void convert_queries() {
+        constexpr int EACH = 64 * CHUNKS / GROUP_THREADS;
+        uint32_t first = address(Q) + group * 64 / ATOM_ROWS * L::GROUP + threadIdx.x % GROUP_THREADS * 16;
+        uint4 chunks[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) chunks[i] = load_shared(first + i * GROUP_THREADS * 16);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            using F = Fragments<T, KV, D>;
+            const uint4& x = chunks[i];
+            store_shared(first + i * GROUP_THREADS * 16, {F::query(x.x), F::query(x.y), F::query(x.z), F::query(x.w)});
+        }
+        proxy_fence();
+        meet(1 + group, GROUP_THREADS);
     }
 
     __device__ __forceinline__ void finish() {
@@ -541,7 +560,7 @@ template <typename T, typename KV, int D> __device__ __forceinline__ void make_b
     barrier_init(shared_address(&memory.work_free), (CONSUMER_WARPS + ASKED + (IS_WIDENED<KV> ? WIDENERS : 0)) * WARP);
     for (int which = 0; which < ASKED; which++)
         for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(shared_address(&memory.full[which][stage]), 1);
+            barrier_init(shared_address(&memory.full[which][stage]), IS_WIDENED<KV> && which != Q ? POSITIONS / HALF : 1);
             barrier_init(shared_address(&memory.free[which][stage]), CONSUMER_WARPS);
             if (IS_WIDENED<KV> && which != Q) barrier_init(memory.came(static_cast<Asked>(which), stage), 1);
         }
@@ -566,7 +585,7 @@ template <typename T, typename KV, int D, bool CAPPED> __device__ __forceinline_
     } else if (IS_WIDENED<KV> && threadIdx.x >= (1 + CONSUMERS) * GROUP_THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         uint32_t warp = threadIdx.x % GROUP_THREADS / WARP;
-        Widener<T, KV, D>{memory, static_cast<Asked>(warp / STAGES), warp % STAGES}.run();
+        Widener<T, KV, D>{memory, static_cast<Asked>(warp / 2), warp % 2}.run();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(IS_WIDENED<KV> ? 216 : 232));
         uint32_t parity = 0;

@@ -163,7 +163,7 @@ fn long_prefixes_are_read_whole() {
 }
 
 fn check_long<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
-    let head_dim = random.choice([64, 128, 256]).unwrap_or(64);
+    let head_dim = random.choice([64, 128]).unwrap_or(64);
     let kv_heads = random.u32(2..=8);
     let arena_shape = ArenaShape { blocks: 150, block_size: 64, layers: 1, kv_heads, head_dim };
     let attention = PagedAttention {
@@ -175,9 +175,9 @@ fn check_long<T: Real, KV: KvNumber<T>>(random: &mut Rng, kernels: &Kernels) {
         soft_cap: None,
     };
     let mut case =
-        Case::<T, KV>::filled(random, PagedDecode { sequences: 2, attention }, arena_shape);
+        Case::<T, KV>::filled(random, PagedDecode { sequences: 1, attention }, arena_shape);
     case.lengths.fill(attention.table_width * 64);
-    case.prefixes = Some([vec![0, 2], vec![attention.table_width]]);
+    case.prefixes = Some([vec![0, 1], vec![attention.table_width]]);
     case.check(kernels);
 }
 

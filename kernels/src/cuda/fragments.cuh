@@ -9,18 +9,23 @@
 
 using E4m3 = __nv_fp8_e4m3;
 
-// Two numbers of 8 bits, in the low and the high half of each half word.
-__device__ __forceinline__ uint32_t widen(uint16_t two) {
+// Four numbers of 8 bits: the low two, then the high two.
+__device__ __forceinline__ uint2 widen_four(uint32_t four) {
+    uint2 wide;
 #if __CUDA_ARCH__ >= 890
-    uint32_t wide;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(two));
-    return wide;
+    // The halves of the register are named, so that nothing is shifted.
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}\n"
+        : "=r"(wide.x), "=r"(wide.y) : "r"(four));
 #else
     // The same exponent and mantissa, at the place that f16 has for them, are 2^8 too small. (No number becomes 480.)
-    uint32_t apart = __byte_perm(two, 0, 0x1404), bits = (apart & 0x80008000) | (apart & 0x7F007F00) >> 1;
-    __half2 wide = __hmul2(*reinterpret_cast<__half2*>(&bits), __float2half2_rn(256));
-    return *reinterpret_cast<uint32_t*>(&wide);
+    auto widen = [&](uint32_t order) {
+        uint32_t apart = __byte_perm(four, 0, order), bits = (apart & 0x80008000) | (apart & 0x7F007F00) >> 1;
+        __half2 wide = __hmul2(*reinterpret_cast<__half2*>(&bits), __float2half2_rn(256));
+        return *reinterpret_cast<uint32_t*>(&wide);
+    };
+    wide = {widen(0x1404), widen(0x3424)};
 #endif
+    return wide;
 }
 
 template <typename T, typename KV, int D> struct Fragments {
@@ -74,8 +79,9 @@ template <typename T, int D> struct Fragments<T, E4m3, D> {
         load_matrices(m, k + L::chunk(first_row + lane % 16, pair * 2 + lane / 16));
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[i / 2][i % 2] = widen(m[i] & 0xFFFF);
-            a[i / 2][2 + i % 2] = widen(m[i] >> 16);
+            uint2 wide = widen_four(m[i]);
+            a[i / 2][i % 2] = wide.x;
+            a[i / 2][2 + i % 2] = wide.y;
         }
     }
     static __device__ __forceinline__ void values(uint32_t (&a)[2][4], uint32_t v, uint32_t first_row, uint32_t pair, uint32_t lane) {
@@ -84,9 +90,9 @@ template <typename T, int D> struct Fragments<T, E4m3, D> {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             // Two positions of two dimensions: first those of the one, then those of the other.
-            uint32_t sorted = __byte_perm(m[i], 0, 0x3120);
-            a[i / 2][i % 2 * 2] = widen(sorted & 0xFFFF);
-            a[i / 2][i % 2 * 2 + 1] = widen(sorted >> 16);
+            uint2 wide = widen_four(__byte_perm(m[i], 0, 0x3120));
+            a[i / 2][i % 2 * 2] = wide.x;
+            a[i / 2][i % 2 * 2 + 1] = wide.y;
         }
     }
     static __device__ __forceinline__ void write(T* step, uint32_t lane, float2 low, float2 high) {

@@ -55,6 +55,7 @@ mod launch {
     /// As in the kernel.
     const TILE: u32 = 16;
     const HEADS: u32 = 8;
+
     pub(in crate::cuda) const MODULE: Module = Module {
         image: include_bytes!(concat!(env!("OUT_DIR"), "/paged_decode.fatbin")),
         functions: each_kv_dtype!(

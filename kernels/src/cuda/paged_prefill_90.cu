@@ -32,14 +32,6 @@ __device__ __forceinline__ void arrive_if(bool is_so, uint32_t barrier) {
                  :: "r"(static_cast<int>(is_so)), "r"(barrier) : "memory");
 }
 
-// Four numbers of 8 bits.
-__device__ __forceinline__ uint2 widen_four(uint32_t four) {
-    uint2 wide;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}\n"
-        : "=r"(wide.x), "=r"(wide.y) : "r"(four));
-    return wide;
-}
-
 __device__ __forceinline__ uint32_t lane_id() {
     uint32_t id;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(id));

@@ -329,7 +329,7 @@ impl Agent {
         for id in over {
             self.forget(&id, "the kubelet does not list it any more");
         }
-        if let Err(error) = self.grants.sweep() {
+        if let Err(error) = self.grants.sweep(|id| self.holds(id)) {
             tracing::warn!(%error, "cannot look for folders of grants that have ended");
         }
     }
@@ -443,6 +443,13 @@ pub(super) mod tests {
         assert_eq!(agent.read(|ledger| ledger.usage()[0].granted_gib), 2);
         agent.open_late();
         assert!(listeners.try_recv().is_err(), "the disk still refuses");
+        // The runtime makes what it mounts; long after, the Pod has it still.
+        std::fs::create_dir(&folder).unwrap();
+        let an_hour = Duration::from_secs(3600);
+        let made = std::fs::File::open(&folder).unwrap();
+        made.set_modified(std::time::SystemTime::now() - an_hour).unwrap();
+        agent.compare(&held(units(0..2)), Instant::now());
+        assert!(folder.exists(), "swept away beneath its Pod");
         std::fs::rename(&away, &records).unwrap();
         agent.open_late();
         assert!(folder.exists());

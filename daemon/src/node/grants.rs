@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,9 @@ pub const CLAIM_SOCKET: &str = "claim.sock";
 pub const ENGINE_FOLDER: &str = "engine";
 /// The socket on which an engine serves HTTP, below [`ENGINE_FOLDER`].
 pub const ENGINE_SOCKET: &str = "http.sock";
+
+/// The longest from the making of a folder by the runtime to its mount, on a machine that is overloaded.
+const MOUNTED: Duration = Duration::from_secs(20);
 
 /// The agent's folder.
 #[derive(Debug, Clone)]
@@ -138,17 +142,20 @@ impl Grants {
         Ok(())
     }
 
-    /// Removes empty folders of grants that are not written down: where a container starts with the folder of a grant that has
-    /// ended, as an init container does whose units went on, the runtime makes the folder anew.
+    /// Removes empty folders of grants that have ended: where a container starts with the folder of such a grant, as an init
+    /// container does whose units went on, the runtime makes the folder anew. One that it has just made, it may be about to mount.
     ///
     /// # Errors
     /// When the folders cannot be listed.
-    pub fn sweep(&self) -> std::io::Result<()> {
+    pub fn sweep(&self, is_held: impl Fn(&GrantId) -> bool) -> std::io::Result<()> {
         for entry in std::fs::read_dir(self.root.join("sockets"))? {
             let entry = entry?;
             let id = GrantId(entry.file_name().to_string_lossy().into_owned());
+            let age =
+                entry.metadata().and_then(|found| found.modified()).map(|made| made.elapsed());
+            let is_new = matches!(age, Ok(Ok(age)) if age < MOUNTED);
             // A folder that is not empty is no such one, and is not removed.
-            if !self.record(&id).exists() && std::fs::remove_dir(entry.path()).is_ok() {
+            if !is_held(&id) && !is_new && std::fs::remove_dir(entry.path()).is_ok() {
                 tracing::info!(%id, "the empty folder of a grant that has ended was removed");
             }
         }
@@ -214,16 +221,22 @@ mod tests {
     }
 
     #[test]
-    fn only_empty_folders_without_a_record_are_swept_away() {
+    fn only_empty_folders_of_grants_that_have_ended_are_swept_away() {
         let root = tempfile::tempdir().unwrap();
         let grants = Grants::open(root.path()).unwrap();
-        let [held, full, empty] = ["held", "full", "empty"].map(|name| GrantId(name.to_owned()));
-        drop(grants.create(&held, &units()).unwrap());
-        std::fs::create_dir_all(grants.folder(&full).join("x")).unwrap();
-        std::fs::create_dir(grants.folder(&empty)).unwrap();
-        grants.sweep().unwrap();
-        let left = [&held, &full, &empty].map(|id| grants.folder(id).exists());
-        assert_eq!(left, [true, true, false]);
+        let all = ["held", "full", "new", "empty"].map(|name| GrantId(name.to_owned()));
+        let [held, full, _, empty] = &all;
+        for id in &all {
+            std::fs::create_dir(grants.folder(id)).unwrap();
+        }
+        std::fs::create_dir(grants.folder(full).join("x")).unwrap();
+        for id in [held, full, empty] {
+            let folder = std::fs::File::open(grants.folder(id)).unwrap();
+            folder.set_modified(std::time::SystemTime::now() - MOUNTED).unwrap();
+        }
+        grants.sweep(|id| id == held).unwrap();
+        let left = all.each_ref().map(|id| grants.folder(id).exists());
+        assert_eq!(left, [true, true, true, false]);
     }
 
     #[test]

@@ -453,8 +453,23 @@ impl Namespace<'_> {
         Ok(reasons)
     }
 
+    /// Waits until a model is Ready and its Service knows it. Endpoints follow the Pods: at once as a rule, seconds later where a
+    /// busy controller manager has to try again.
     pub(crate) fn wait_until_ready(&self, model: &str) -> Result<()> {
-        self.wait_for_reason(model, "AllReplicasReady").map(drop)
+        self.wait_for_reason(model, "AllReplicasReady")?;
+        self.cluster.wait_until("every replica is an endpoint", || {
+            let found = self.cluster.get(&["-n", self.name, "imodel", model])?;
+            let replicas = found["status"]["readyReplicas"].as_u64().context("no readyReplicas")?;
+            Ok(self.n_endpoints(model)? as u64 >= replicas)
+        })
+    }
+
+    /// Ready endpoints of a model's Service.
+    pub(crate) fn n_endpoints(&self, model: &str) -> Result<usize> {
+        let label = format!("kubernetes.io/service-name={model}");
+        let slices = self.cluster.items(&["-n", self.name, "endpointslices", "-l", &label])?;
+        let all = slices.iter().filter_map(|slice| slice["endpoints"].as_array()).flatten();
+        Ok(all.filter(|endpoint| endpoint["conditions"]["ready"] == true).count())
     }
 
     pub(crate) fn pods(&self, model: &str) -> Result<Vec<Value>> {

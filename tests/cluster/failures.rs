@@ -142,7 +142,7 @@ fn an_agent_is_killed(cluster: &Cluster) -> Result<()> {
         let engine = cluster.process_of("node1", ENGINE, "one")?;
         ensure!(cluster.kill("node1", AGENT)? == 1);
         // A busy machine takes its time to end what was killed.
-        cluster.wait("the engine ends with its agent", Duration::from_secs(5), || {
+        cluster.wait("the engine ends with its agent", Duration::from_secs(20), || {
             Ok((!cluster.processes("node1", ENGINE)?.contains(&engine)).then_some(()))
         })?;
         settled(&space, APART)

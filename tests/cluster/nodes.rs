@@ -1,12 +1,12 @@
 //! Nodes that are drained, crash, and come back.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, ENGINE, PATIENCE, SYSTEM, patient};
+use crate::cluster::{Cluster, ENGINE, Namespace, PATIENCE, SYSTEM, patient};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -34,14 +34,10 @@ fn a_node_is_drained_under_load(cluster: &Cluster) -> Result<()> {
         "--timeout=150s",
         "--pod-selector=bindery.dev/model",
     ];
-    let (drained, fewest) = std::thread::scope(|scope| {
+    let (drained, seen) = std::thread::scope(|scope| {
         let drained = scope.spawn(|| cluster.kubectl(&drain));
-        let mut fewest = usize::MAX;
-        while !drained.is_finished() {
-            fewest = fewest.min(n_ready(cluster, "drained").unwrap_or(usize::MAX));
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        (drained.join(), fewest)
+        let seen = watch_replicas(&space, || !drained.is_finished());
+        (drained.join(), seen)
     });
     let drained = drained.unwrap_or_else(|_| Err(anyhow!("kubectl drain was not waited for")));
     let back = cluster.wait("both replicas are on the other node", PATIENCE, || {
@@ -56,16 +52,43 @@ fn a_node_is_drained_under_load(cluster: &Cluster) -> Result<()> {
     drained?;
     back?;
     ready?;
-    ensure!(fewest == 1, "{fewest} replicas were ready at the fewest, wanted 1 of 2");
-    load.finish(cluster)?.ensure_nothing_failed()
+    let done = load.finish(cluster)?.ensure_nothing_failed();
+    let fewest = seen.iter().map(|(_, (n_endpoints, _))| *n_endpoints).min();
+    ensure!(
+        fewest == Some(1),
+        "wanted 1 endpoint of 2 at the fewest: {seen:#?}; clients: {done:?}"
+    );
+    done
 }
 
-/// Ready endpoints of the namespace's model.
-fn n_ready(cluster: &Cluster, namespace: &str) -> Result<usize> {
-    let of_model = ["endpointslices", "-l", "kubernetes.io/service-name=m"];
-    let slices = cluster.items(&[&["-n", namespace], &of_model[..]].concat())?;
-    let all = slices.iter().filter_map(|slice| slice["endpoints"].as_array()).flatten();
-    Ok(all.filter(|endpoint| endpoint["conditions"]["ready"] == true).count())
+/// What was seen of a model's replicas: ready endpoints, and what each Pod says of itself.
+type Look = (usize, Vec<String>);
+
+/// Looks at the model `m` ten times a second while `go_on`; keeps what is not as before, and when it was seen.
+fn watch_replicas(space: &Namespace, go_on: impl Fn() -> bool) -> Vec<(Duration, Look)> {
+    let start = Instant::now();
+    let look = || -> Result<Look> {
+        Ok((space.n_endpoints("m")?, space.pods("m")?.iter().map(readiness).collect()))
+    };
+    let mut seen: Vec<(Duration, Look)> = Vec::new();
+    while go_on() {
+        if let Ok(now) = look()
+            && seen.last().is_none_or(|(_, before)| *before != now)
+        {
+            seen.push((start.elapsed(), now));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    seen
+}
+
+/// A Pod's name, whether it is Ready and since when, and when it is to be gone.
+fn readiness(pod: &Value) -> String {
+    let conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+    let ready = conditions.into_iter().find(|condition| condition["type"] == "Ready");
+    let ready = ready.unwrap_or(&Value::Null);
+    let (name, gone) = (&pod["metadata"]["name"], &pod["metadata"]["deletionTimestamp"]);
+    format!("{name} {} {} {gone}", ready["status"], ready["lastTransitionTime"])
 }
 
 fn a_node_crashes_and_comes_back(cluster: &Cluster) -> Result<()> {
@@ -77,8 +100,8 @@ fn a_node_crashes_and_comes_back(cluster: &Cluster) -> Result<()> {
     let lost = on_node2.context("no replica on node2")?["metadata"]["name"].clone();
     let state = cluster.state.display().to_string();
     cluster.script("down.sh", &[&state, "node2"])?;
-    let start = std::time::Instant::now();
-    cluster.wait_until("its endpoints are gone", || Ok(n_ready(cluster, "crashed")? == 1))?;
+    let start = Instant::now();
+    cluster.wait_until("its endpoints are gone", || Ok(space.n_endpoints("m")? == 1))?;
     // The monitor's grace is 12 s here, looked at once a second; the rest is this machine's.
     ensure!(start.elapsed() < Duration::from_secs(40), "{:?}", start.elapsed());
     std::thread::sleep(Duration::from_secs(1));

@@ -503,6 +503,11 @@ impl Namespace<'_> {
     }
 }
 
+/// A spec whose replicas are on one node.
+pub(crate) fn on(node: &str) -> Value {
+    json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}})
+}
+
 /// A rollout that lets every answer of a busy machine come to its end.
 pub(crate) fn patient() -> Value {
     json!({"drainSeconds": 120})

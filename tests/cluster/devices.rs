@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{AGENT, CPU_GIB, Cluster, Namespace, idle_pod};
+use crate::cluster::{AGENT, CPU_GIB, Cluster, Namespace, idle_pod, on};
 
 pub(crate) const TESTS: &[Test] = &[
     ("units_that_a_pod_is_given_twice_are_one_grant", units_given_twice),
@@ -140,10 +140,6 @@ fn while_away(space: &Namespace, before: &Running) -> Result<()> {
 
 fn lent(gib: &str) -> Option<String> {
     Some(gib.to_owned())
-}
-
-fn on(node: &str) -> Value {
-    json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}})
 }
 
 /// Which Pod a model has, and how often its container was started.

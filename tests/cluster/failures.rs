@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::Test;
 use crate::cluster::{
-    AGENT, CPU_GIB, Cluster, ENGINE, Namespace, REPLICA, SYSTEM, patient, signal,
+    AGENT, CPU_GIB, Cluster, ENGINE, Namespace, REPLICA, SYSTEM, on, patient, signal,
 };
 use crate::load::Load;
 
@@ -35,10 +35,7 @@ fn serving<'a>(cluster: &'a Cluster, name: &'a str, nodes: Nodes) -> Result<Name
     cluster.wait_until_empty()?;
     let space = cluster.namespace(name)?;
     for (model, node) in MODELS.into_iter().zip(nodes) {
-        space.model(
-            model,
-            &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}}),
-        )?;
+        space.model(model, &on(node))?;
     }
     settled(&space, nodes)?;
     Ok(space)
@@ -142,7 +139,7 @@ fn an_agent_is_killed(cluster: &Cluster) -> Result<()> {
         let engine = cluster.process_of("node1", ENGINE, "one")?;
         ensure!(cluster.kill("node1", AGENT)? == 1);
         // A busy machine takes its time to end what was killed.
-        cluster.wait("the engine ends with its agent", Duration::from_secs(20), || {
+        cluster.wait("the engine ends with its agent", Duration::from_secs(5), || {
             Ok((!cluster.processes("node1", ENGINE)?.contains(&engine)).then_some(()))
         })?;
         settled(&space, APART)

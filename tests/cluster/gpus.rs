@@ -123,7 +123,7 @@ fn spread_and_placed_elsewhere(space: &Namespace) -> Result<()> {
 /// A device that the file does not name any more.
 fn lost_and_back(space: &Namespace) -> Result<()> {
     /// The agent looks twice a second, the kubelet tells once a second; the rest is for a busy machine.
-    const FOLLOWED: Duration = Duration::from_secs(15);
+    const FOLLOWED: Duration = Duration::from_secs(5);
     let cluster = space.cluster;
     cluster.wait_until("node2 has no grant", || Ok(held_units(cluster, "node2")?.is_empty()))?;
     cluster.apply(space.name, &idle_pod("holder", "node2", &json!({GPU_GIB: "1"})))?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, ENGINE, Namespace, PATIENCE, SYSTEM, model};
+use crate::cluster::{Cluster, ENGINE, Namespace, PATIENCE, SYSTEM, model, on};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -239,10 +239,7 @@ fn said(space: &Namespace, name: &str, reason: &str, word: &str) -> Result<()> {
 fn engines_are_confined(cluster: &Cluster) -> Result<()> {
     cluster.wait_until_empty()?;
     let space = cluster.namespace("confined")?;
-    space.model(
-        "m",
-        &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}),
-    )?;
+    space.model("m", &on("node1"))?;
     space.wait_until_ready("m")?;
     let engine = cluster.processes("node1", ENGINE)?[0];
     let status = std::fs::read_to_string(format!("/proc/{engine}/status"))?;
@@ -312,10 +309,7 @@ fn from_inside(cluster: &Cluster, space: &Namespace, engine: i32) -> Result<()> 
     use nix::libc::{AF_INET, AF_UNIX, EACCES, EPERM, SOCK_DGRAM, SOCK_STREAM};
     use nix::libc::{SYS_connect, SYS_kill, SYS_openat, SYS_socket};
 
-    space.model(
-        "other",
-        &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}),
-    )?;
+    space.model("other", &on("node1"))?;
     space.wait_until_ready("other")?;
     let sockets = cluster.state.join("vm/node1/var/lib/bindery/sockets");
     let grants = std::fs::read_dir(sockets)?.flatten().map(|entry| entry.file_name());
@@ -369,18 +363,12 @@ fn hostile_clients_harm_no_other(cluster: &Cluster) -> Result<()> {
     cluster.wait_until_empty()?;
     let space = cluster.namespace("hostile")?;
     for (name, node) in [("victim", "node1"), ("other", "node2")] {
-        space.model(
-            name,
-            &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": node}}}),
-        )?;
+        space.model(name, &on(node))?;
         space.wait_until_ready(name)?;
     }
     // A second model on the node of the attacked grant.
     let grant = grant(cluster, "node1")?;
-    space.model(
-        "beside",
-        &json!({"scheduling": {"nodeSelector": {"kubernetes.io/hostname": "node1"}}}),
-    )?;
+    space.model("beside", &on("node1"))?;
     space.wait_until_ready("beside")?;
     let load = Load::start(&space, "beside", 2, 4)?;
     let socket = grant.path().join("grant/claim.sock");

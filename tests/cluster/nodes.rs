@@ -84,9 +84,8 @@ fn watch_replicas(space: &Namespace, go_on: impl Fn() -> bool) -> Vec<(Duration,
 
 /// A Pod's name, whether it is Ready and since when, and when it is to be gone.
 fn readiness(pod: &Value) -> String {
-    let conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
-    let ready = conditions.into_iter().find(|condition| condition["type"] == "Ready");
-    let ready = ready.unwrap_or(&Value::Null);
+    let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+    let ready = conditions.find(|condition| condition["type"] == "Ready").unwrap_or(&Value::Null);
     let (name, gone) = (&pod["metadata"]["name"], &pod["metadata"]["deletionTimestamp"]);
     format!("{name} {} {} {gone}", ready["status"], ready["lastTransitionTime"])
 }

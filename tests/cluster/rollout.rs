@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::cluster::{Cluster, Namespace, PATIENCE, SYSTEM, patient};
+use crate::cluster::{Cluster, Namespace, PATIENCE, SYSTEM, on, patient};
 use crate::load::Load;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -146,10 +146,8 @@ fn helm_upgrade_under_load(cluster: &Cluster) -> Result<()> {
 /// surge: two replicas on one node would be unready together while its agent restarts. They take no surge of their own.
 fn others(space: &Namespace) -> Result<()> {
     for index in 0..OTHERS {
-        let on_node =
-            json!({"nodeSelector": {"kubernetes.io/hostname": format!("node{}", 1 + index % 2)}});
-        let rollout = json!({"drainSeconds": 10, "maxSurge": 0, "maxUnavailable": 1});
-        let spec = json!({"rollout": rollout, "scheduling": on_node});
+        let mut spec = on(&format!("node{}", 1 + index % 2));
+        spec["rollout"] = json!({"drainSeconds": 10, "maxSurge": 0, "maxUnavailable": 1});
         space.model(&format!("other{index}"), &spec)?;
     }
     (0..OTHERS).try_for_each(|index| space.wait_until_ready(&format!("other{index}")))

@@ -3,8 +3,8 @@
 // A block has a tile of 64 or 128 rows by as many outputs as leave every multiprocessor one: widths come in steps that the host
 // chooses from. Where that would be so few that rows of x are most of what is loaded, tiles are wider and several clusters split the
 // k of one. The blocks of a cluster share what they load: two share rows of x where their tiles are neighbours along the outputs,
-// weights where they are neighbours along the rows; of two by two, each shares both. One warp asks, a warpgroup for each 64 rows multiplies. The weights of the first stages
-// are asked for before the launch before this one has ended.
+// weights where they are neighbours along the rows; of two by two, each shares both. One warp asks, a warpgroup for each 64 rows
+// multiplies. The weights of the first stages are asked for before the launch before this one has ended.
 //
 // A tile whose k is split: each block leaves what others add up in memory (it stays in the second cache) and adds up an equal share
 // of the outputs, in the order of k, so that results do not depend on who is first. A word that is not there yet is 0: whoever reads
@@ -22,7 +22,8 @@ struct alignas(128) TensorMap {
 enum class Gate : uint32_t { NONE, SILU, GELU };
 
 struct SplitK {
-    TensorMap w;        // [outputs][inputs], or [2 outputs][inputs] with a gate, in boxes of [OUTPUTS][DEPTH], half as many rows with a gate or where weights are shared
+    TensorMap w;        // [outputs][inputs], or [2 outputs][inputs] with a gate, in boxes of [OUTPUTS][DEPTH]; half as many rows
+                        // with a gate or where weights are shared
     TensorMap x;        // [rows][inputs] in boxes of [x_box][DEPTH]
     void* out;          // [rows][outputs]
     uint4* parts;       // [units][BLOCKS][OUTPUTS / 8][CONSUMERS] where k is split, 0 before and after

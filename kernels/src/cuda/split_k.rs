@@ -174,8 +174,10 @@ struct Clusters {
 
 impl Clusters {
     fn of(kernels: &Kernels) -> Result<Self, DeviceError> {
-        let at_once = |blocks| if kernels.is_hopper() { at_once(kernels, blocks) } else { Ok(0) };
-        Ok(Self { of_two: at_once(2)?, of_four: at_once(4)? })
+        if !kernels.is_hopper() {
+            return Ok(Self { of_two: 0, of_four: 0 });
+        }
+        Ok(Self { of_two: at_once(kernels, 2)?, of_four: at_once(kernels, 4)? })
     }
 
     fn most(&self, tile: &Tile) -> u32 {

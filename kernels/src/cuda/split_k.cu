@@ -2,9 +2,9 @@
 //
 // A block has a tile of 64 or 128 rows by as many outputs as leave every multiprocessor one: widths come in steps that the host
 // chooses from. Where that would be so few that rows of x are most of what is loaded, tiles are wider and several clusters split the
-// k of one. The blocks of a cluster share what they load: two share rows of x where their tiles are neighbours along the outputs,
-// weights where they are neighbours along the rows; of two by two, each shares both. One warp asks, a warpgroup for each 64 rows
-// multiplies. The weights of the first stages are asked for before the launch before this one has ended.
+// k of one. The two blocks of a cluster share what they load: rows of x where their tiles are neighbours along the outputs, weights
+// where they are neighbours along the rows. One warp asks, a warpgroup for each 64 rows multiplies. The weights of the first stages
+// are asked for before the launch before this one has ended.
 //
 // A tile whose k is split: each block leaves what others add up in memory (it stays in the second cache) and adds up an equal share
 // of the outputs, in the order of k, so that results do not depend on who is first. A word that is not there yet is 0: whoever reads
@@ -22,11 +22,10 @@ struct alignas(128) TensorMap {
 enum class Gate : uint32_t { NONE, SILU, GELU };
 
 struct SplitK {
-    TensorMap w;        // [outputs][inputs], or [2 outputs][inputs] with a gate, in boxes of [OUTPUTS][DEPTH]; half as many rows
-                        // with a gate or where weights are shared
+    TensorMap w;        // [outputs][inputs], or [2 outputs][inputs] with a gate, in boxes of [W_BOX][DEPTH], or half as many rows
     TensorMap x;        // [rows][inputs] in boxes of [x_box][DEPTH]
     void* out;          // [rows][outputs]
-    uint4* parts;       // [units][BLOCKS][OUTPUTS / 8][CONSUMERS] where k is split, 0 before and after
+    uint4* parts;       // [units][CLUSTER][OUTPUTS / 8][CONSUMERS] where k is split, 0 before and after
     uint32_t rows;
     uint32_t outputs;   // a multiple of 8
     uint32_t x_box;     // rows that a block asks for at once: where all are fewer than a tile, no more than there are
@@ -38,19 +37,20 @@ struct SplitK {
     Gate gate;          // what a product goes through before it is multiplied by that of as many rows of w further on
 };
 
+constexpr int CLUSTER = 2;
 // The k of a step: a row of 128 bytes.
 constexpr int DEPTH = 64;
 constexpr int ROW_BYTES = DEPTH * 2;
 constexpr int MOST_SHARED = 227 << 10;
 
 // What the blocks of a cluster share.
-enum Shared { X, W, XW };
+constexpr bool X = false, W = true;
 
 // A block's tile: ROWS by OUTPUTS.
-template <int ROWS, int OUTPUTS, Shared SHARED> struct Tile {
+template <int ROWS, int OUTPUTS, bool SHARED> struct Tile {
     static constexpr uint32_t CONSUMERS = ROWS / 64 * WARPGROUP, THREADS = CONSUMERS + WARP;
-    // Blocks of a cluster along the rows and along the outputs: so many share weights, and rows of x.
-    static constexpr uint32_t DOWN = SHARED == X ? 1 : 2, ACROSS = SHARED == W ? 1 : 2, BLOCKS = DOWN * ACROSS;
+    static constexpr uint32_t CLUSTER_ROWS = SHARED == W ? ROWS * CLUSTER : ROWS, CLUSTER_OUTPUTS = SHARED == X ? OUTPUTS * CLUSTER : OUTPUTS;
+    static constexpr uint32_t W_BOX = SHARED == W ? OUTPUTS / CLUSTER : OUTPUTS;
     static constexpr uint32_t X_BYTES = ROWS * ROW_BYTES, W_BYTES = OUTPUTS * ROW_BYTES;
     static constexpr uint32_t FIT = (MOST_SHARED - 512) / (X_BYTES + W_BYTES), STAGES = FIT < 16 ? FIT : 16;
 };
@@ -58,7 +58,7 @@ template <int ROWS, int OUTPUTS, Shared SHARED> struct Tile {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "warpgroup.cuh"
 
-template <int ROWS, int OUTPUTS, Shared SHARED> struct Memory {
+template <int ROWS, int OUTPUTS, bool SHARED> struct Memory {
     using Sizes = Tile<ROWS, OUTPUTS, SHARED>;
     alignas(1024) uint8_t x[Sizes::STAGES][Sizes::X_BYTES];
     alignas(1024) uint8_t w[Sizes::STAGES][Sizes::W_BYTES];
@@ -91,7 +91,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" :: "r"(barrier), "r"(rank) : "memory");
 }
 
-// A box of a matrix whose first number is at `k` of `row`, in this block or in the blocks of the cluster whose bits are set.
+// A box of a matrix whose first number is at `k` of `row`, in this block or in every block of the cluster.
 template <uint64_t POLICY>
 __device__ __forceinline__ void box_copy(uint32_t to, const TensorMap& map, uint32_t k, uint32_t row, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
@@ -99,10 +99,10 @@ __device__ __forceinline__ void box_copy(uint32_t to, const TensorMap& map, uint
                  :: "r"(to), "l"(&map), "r"(k), "r"(row), "r"(barrier), "l"(POLICY) : "memory");
 }
 template <uint64_t POLICY>
-__device__ __forceinline__ void box_copy_to(uint32_t blocks, uint32_t to, const TensorMap& map, uint32_t k, uint32_t row, uint32_t barrier) {
+__device__ __forceinline__ void box_copy_to_all(uint32_t to, const TensorMap& map, uint32_t k, uint32_t row, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
                  "[%0], [%1, {%2, %3}], [%4], %5, %6;"
-                 :: "r"(to), "l"(&map), "r"(k), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(blocks)), "l"(POLICY)
+                 :: "r"(to), "l"(&map), "r"(k), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>((1 << CLUSTER) - 1)), "l"(POLICY)
                  : "memory");
 }
 
@@ -121,28 +121,18 @@ __device__ __forceinline__ uint4 see_words(const uint4* from) {
     return words;
 }
 
-// Where a block is in its cluster.
-template <int ROWS, int OUTPUTS, Shared SHARED> struct Rank {
-    using Sizes = Tile<ROWS, OUTPUTS, SHARED>;
-    uint32_t index = cluster_rank(), down = index / Sizes::ACROSS, across = index % Sizes::ACROSS;
-
-    // The blocks that have the same rows of x, and the same weights: a bit each.
-    __device__ __forceinline__ uint32_t same_x() const { return ((1 << Sizes::ACROSS) - 1) << down * Sizes::ACROSS; }
-    __device__ __forceinline__ uint32_t same_w() const { return (Sizes::DOWN == 1 ? 1 : 1 | 1 << Sizes::ACROSS) << across; }
-};
-
 // A part of the k of a tile, as a block of the cluster sees it.
-template <int ROWS, int OUTPUTS, Shared SHARED> struct Unit {
+template <int ROWS, int OUTPUTS, bool SHARED> struct Unit {
     using Sizes = Tile<ROWS, OUTPUTS, SHARED>;
     uint32_t split, first_row, first_output;
     uint32_t begin, end; // steps
 
-    __device__ __forceinline__ Unit(const SplitK& product, uint32_t index, const Rank<ROWS, OUTPUTS, SHARED>& rank) {
+    __device__ __forceinline__ Unit(const SplitK& product, uint32_t index, uint32_t rank) {
         uint32_t tile = index / product.splits;
         split = index % product.splits;
         // Tiles of the same weights follow each other, so that the second finds them in the second cache.
-        first_row = (tile % product.row_tiles * Sizes::DOWN + rank.down) * ROWS;
-        first_output = (tile / product.row_tiles * Sizes::ACROSS + rank.across) * OUTPUTS;
+        first_row = tile % product.row_tiles * Sizes::CLUSTER_ROWS + (SHARED == W ? rank * ROWS : 0);
+        first_output = tile / product.row_tiles * Sizes::CLUSTER_OUTPUTS + (SHARED == X ? rank * OUTPUTS : 0);
         if (product.gate != Gate::NONE) first_output /= 2;
         begin = product.steps * split / product.splits;
         end = product.steps * (split + 1) / product.splits;
@@ -150,12 +140,12 @@ template <int ROWS, int OUTPUTS, Shared SHARED> struct Unit {
 };
 
 // The warp that asks. What it counts with is the same for all lanes, so that it is in registers of the warp.
-template <int ROWS, int OUTPUTS, Shared SHARED> struct Producer {
+template <int ROWS, int OUTPUTS, bool SHARED> struct Producer {
     using Sizes = Tile<ROWS, OUTPUTS, SHARED>;
     using Unit = ::Unit<ROWS, OUTPUTS, SHARED>;
     const SplitK& product;
     Memory<ROWS, OUTPUTS, SHARED>& memory;
-    Rank<ROWS, OUTPUTS, SHARED> rank;
+    uint32_t rank = cluster_rank();
     bool leads = elected();
     Stage stage;
 
@@ -166,18 +156,18 @@ template <int ROWS, int OUTPUTS, Shared SHARED> struct Producer {
         prefetch(product.w);
         prefetch(product.x);
         for (auto& barrier : memory.full) barrier_init(shared_address(&barrier), 1);
-        for (auto& barrier : memory.free) barrier_init(shared_address(&barrier), (Sizes::DOWN + Sizes::ACROSS - 1) * Sizes::CONSUMERS / WARP);
+        for (auto& barrier : memory.free) barrier_init(shared_address(&barrier), CLUSTER * Sizes::CONSUMERS / WARP);
         barriers_fence();
     }
 
     __device__ __forceinline__ void ask_w(uint32_t stage, const Unit& unit, uint32_t step) {
         if (!leads) return;
         uint32_t full = shared_address(&memory.full[stage]), to = shared_address(memory.w[stage]);
-        barrier_expect(full, product.x_box * Sizes::ACROSS * ROW_BYTES + Sizes::W_BYTES);
+        barrier_expect(full, product.x_box * (SHARED == W ? 1 : CLUSTER) * ROW_BYTES + Sizes::W_BYTES);
         // The second half of a tile's weights follows the first, or is what the gates are multiplied by.
         uint32_t k = step * DEPTH, first = unit.first_output, second = first + (product.gate == Gate::NONE ? OUTPUTS / 2 : product.outputs);
-        if constexpr (Sizes::DOWN == 2) {
-            box_copy_to<EVICT_FIRST>(rank.same_w(), to + rank.down * Sizes::W_BYTES / 2, product.w, k, rank.down == 0 ? first : second, full);
+        if constexpr (SHARED == W) {
+            box_copy_to_all<EVICT_FIRST>(to + rank * Sizes::W_BYTES / 2, product.w, k, rank == 0 ? first : second, full);
         } else {
             box_copy<EVICT_FIRST>(to, product.w, k, first, full);
             if (product.gate != Gate::NONE) box_copy<EVICT_FIRST>(to + Sizes::W_BYTES / 2, product.w, k, second, full);
@@ -187,17 +177,17 @@ template <int ROWS, int OUTPUTS, Shared SHARED> struct Producer {
     __device__ __forceinline__ void ask_x(uint32_t stage, const Unit& unit, uint32_t step) {
         if (!leads) return;
         uint32_t full = shared_address(&memory.full[stage]), to = shared_address(memory.x[stage]);
-        if constexpr (Sizes::ACROSS == 1) {
+        if constexpr (SHARED == W) {
             box_copy<EVICT_NORMAL>(to, product.x, step * DEPTH, unit.first_row, full);
         } else {
-            uint32_t first = rank.across * product.x_box;
-            box_copy_to<EVICT_NORMAL>(rank.same_x(), to + first * ROW_BYTES, product.x, step * DEPTH, unit.first_row + first, full);
+            uint32_t first = rank * product.x_box;
+            box_copy_to_all<EVICT_NORMAL>(to + first * ROW_BYTES, product.x, step * DEPTH, unit.first_row + first, full);
         }
     }
 
     // Weights do not depend on the launch before.
     __device__ __forceinline__ void run() {
-        uint32_t index = blockIdx.x / Sizes::BLOCKS;
+        uint32_t index = blockIdx.x / CLUSTER;
         Unit unit(product, index, rank);
         uint32_t early = min(unit.end - unit.begin, Sizes::STAGES);
 #pragma unroll 1
@@ -206,7 +196,7 @@ template <int ROWS, int OUTPUTS, Shared SHARED> struct Producer {
 #pragma unroll 1
         for (uint32_t i = 0; i < early; i++, stage.next(Sizes::STAGES)) ask_x(i, unit, unit.begin + i);
         ask(unit, unit.begin + early);
-        while ((index += gridDim.x / Sizes::BLOCKS) < product.units) {
+        while ((index += gridDim.x / CLUSTER) < product.units) {
             unit = Unit(product, index, rank);
             ask(unit, unit.begin);
         }
@@ -224,22 +214,21 @@ template <int ROWS, int OUTPUTS, Shared SHARED> struct Producer {
 };
 
 // The warpgroups that multiply: 64 rows each.
-template <typename T, int ROWS, int OUTPUTS, Shared SHARED> struct Consumer {
+template <typename T, int ROWS, int OUTPUTS, bool SHARED> struct Consumer {
     using Sizes = Tile<ROWS, OUTPUTS, SHARED>;
     // Sixteens of outputs, and how many are written at a time.
     static constexpr int PAIRS = OUTPUTS / 16, BATCH = 4;
 
     const SplitK& product;
     Memory<ROWS, OUTPUTS, SHARED>& memory;
-    uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    Rank<ROWS, OUTPUTS, SHARED> rank;
+    uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rank = cluster_rank();
     Stage stage;
     float sums[OUTPUTS / 2];
 
     __device__ __forceinline__ Consumer(const SplitK& product, Memory<ROWS, OUTPUTS, SHARED>& memory) : product(product), memory(memory) {}
 
     __device__ __forceinline__ void run() {
-        for (uint32_t index = blockIdx.x / Sizes::BLOCKS; index < product.units; index += gridDim.x / Sizes::BLOCKS) {
+        for (uint32_t index = blockIdx.x / CLUSTER; index < product.units; index += gridDim.x / CLUSTER) {
             Unit<ROWS, OUTPUTS, SHARED> unit(product, index, rank);
             multiply(unit.end - unit.begin);
             if (product.gate != Gate::NONE) write_gated(unit);
@@ -275,11 +264,10 @@ template <typename T, int ROWS, int OUTPUTS, Shared SHARED> struct Consumer {
         if (count > 0) release(before);
     }
 
-    // Every block that has it must have used a stage: what is shared comes to all of them at once. Who asks for what this block has
-    // are those of the same rows and those of the same weights.
+    // Both blocks must have used a stage: what is shared comes to both at once.
     __device__ __forceinline__ void release(uint32_t stage) {
         __syncwarp();
-        if ((rank.same_x() | rank.same_w()) >> lane & 1) barrier_arrive_at(shared_address(&memory.free[stage]), lane);
+        if (lane < CLUSTER) barrier_arrive_at(shared_address(&memory.free[stage]), lane);
     }
 
     // Where this lane's results of a tile are, of each of its warp's two eights of rows: four neighbours of each sixteen of outputs
@@ -350,9 +338,9 @@ template <typename T, int ROWS, int OUTPUTS, Shared SHARED> struct Consumer {
     template <int SPLITS> static constexpr __device__ uint32_t owner(int pair) { return ((pair + 1) * SPLITS - 1) / PAIRS; }
 
     // Where this thread's sums of a unit are, and how many there are of an eight of outputs, and of a unit.
-    static constexpr uint32_t EIGHT = Sizes::CONSUMERS, UNIT = Sizes::BLOCKS * (OUTPUTS / 8) * EIGHT;
+    static constexpr uint32_t EIGHT = Sizes::CONSUMERS, UNIT = CLUSTER * (OUTPUTS / 8) * EIGHT;
     __device__ __forceinline__ uint4* part(uint32_t index) const {
-        return product.parts + index * UNIT + rank.index * (UNIT / Sizes::BLOCKS) + threadIdx.x;
+        return product.parts + index * UNIT + rank * (UNIT / CLUSTER) + threadIdx.x;
     }
 
     // Leaves what others add up, adds up what they leave.
@@ -405,7 +393,7 @@ template <typename T, int ROWS, int OUTPUTS, Shared SHARED> struct Consumer {
     }
 };
 
-template <typename T, int ROWS, int OUTPUTS, Shared SHARED> __device__ __forceinline__ void split_k(const SplitK& product) {
+template <typename T, int ROWS, int OUTPUTS, bool SHARED> __device__ __forceinline__ void split_k(const SplitK& product) {
     extern __shared__ __align__(1024) uint8_t bytes[];
     auto& memory = *reinterpret_cast<Memory<ROWS, OUTPUTS, SHARED>*>(bytes);
     let_next_begin();
@@ -413,7 +401,7 @@ template <typename T, int ROWS, int OUTPUTS, Shared SHARED> __device__ __forcein
     bool asks = __shfl_sync(~0u, threadIdx.x, 0) == Tile<ROWS, OUTPUTS, SHARED>::CONSUMERS;
     Producer<ROWS, OUTPUTS, SHARED> producer(product, memory);
     if (asks) producer.make_barriers();
-    // What comes to several blocks needs all of their barriers.
+    // What comes to both blocks needs both blocks' barriers.
     cluster_meet();
     if (asks) {
         producer.run();
@@ -422,7 +410,7 @@ template <typename T, int ROWS, int OUTPUTS, Shared SHARED> __device__ __forcein
         Consumer<T, ROWS, OUTPUTS, SHARED>(product, memory).run();
     }
     __syncwarp();
-    // Other blocks may still arrive at barriers of this one.
+    // The other block may still arrive at barriers of this one.
     cluster_meet();
 }
 #define BODY(T, ROWS, OUTPUTS, SHARED) split_k<T, ROWS, OUTPUTS, SHARED>(product)
@@ -443,10 +431,7 @@ template <typename T, int ROWS, int OUTPUTS, Shared SHARED> __device__ __forcein
     SPLIT_K(name, T, 128, 64, X) SPLIT_K(name, T, 128, 96, X) SPLIT_K(name, T, 128, 128, X)         \
     SPLIT_K(name, T, 128, 192, X) SPLIT_K(name, T, 128, 224, X) SPLIT_K(name, T, 128, 256, X)       \
     SPLIT_K(name, T, 128, 64, W) SPLIT_K(name, T, 128, 96, W) SPLIT_K(name, T, 128, 128, W)         \
-    SPLIT_K(name, T, 128, 192, W) SPLIT_K(name, T, 128, 224, W) SPLIT_K(name, T, 128, 256, W)       \
-    SPLIT_K(name, T, 64, 64, XW) SPLIT_K(name, T, 64, 96, XW) SPLIT_K(name, T, 64, 128, XW)         \
-    SPLIT_K(name, T, 128, 64, XW) SPLIT_K(name, T, 128, 96, XW) SPLIT_K(name, T, 128, 128, XW)      \
-    SPLIT_K(name, T, 128, 192, XW) SPLIT_K(name, T, 128, 224, XW) SPLIT_K(name, T, 128, 256, XW)
+    SPLIT_K(name, T, 128, 192, W) SPLIT_K(name, T, 128, 224, W) SPLIT_K(name, T, 128, 256, W)
 
 ALL(bf16, __nv_bfloat16)
 ALL(f16, __half)

@@ -18,6 +18,7 @@ use super::{DeviceError, GateActivation, Kernels, LaunchError, Linear, Onto, Rea
 const MOST_ROWS: u32 = 1024;
 
 /// As in the kernel.
+const CLUSTER: u32 = 2;
 const DEPTH: u32 = 64;
 const MOST_SHARED: u32 = 227 << 10;
 const MOST_STAGES: u32 = 16;
@@ -25,12 +26,11 @@ const MOST_STAGES: u32 = 16;
 /// Into how many parts k is split.
 const SPLITS: [u32; 3] = [1, 2, 4];
 
-/// What the blocks of a cluster share: rows of x, weights, or both.
+/// What the blocks of a cluster share: rows of x, or weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Shared {
     X,
     W,
-    XW,
 }
 
 /// A block's tile that there is a kernel for.
@@ -57,8 +57,6 @@ tiles!(
     64 64 W, 64 96 W, 64 128 W,
     128 64 X, 128 96 X, 128 128 X, 128 192 X, 128 224 X, 128 256 X,
     128 64 W, 128 96 W, 128 128 W, 128 192 W, 128 224 W, 128 256 W,
-    64 64 XW, 64 96 XW, 64 128 XW,
-    128 64 XW, 128 96 XW, 128 128 XW, 128 192 XW, 128 224 XW, 128 256 XW,
 );
 
 impl fmt::Display for Tile {
@@ -68,39 +66,25 @@ impl fmt::Display for Tile {
 }
 
 impl Tile {
-    /// Blocks of a cluster along the rows: so many share weights.
-    fn down(&self) -> u32 {
-        if self.shared == Shared::X { 1 } else { 2 }
-    }
-
-    /// Blocks of a cluster along the outputs: so many share rows of x.
-    fn across(&self) -> u32 {
-        if self.shared == Shared::W { 1 } else { 2 }
-    }
-
-    fn blocks(&self) -> u32 {
-        self.down() * self.across()
-    }
-
     fn cluster_rows(&self) -> u32 {
-        self.rows * self.down()
+        if self.shared == Shared::W { self.rows * CLUSTER } else { self.rows }
     }
 
     fn cluster_outputs(&self) -> u32 {
-        self.outputs * self.across()
+        if self.shared == Shared::X { self.outputs * CLUSTER } else { self.outputs }
     }
 
     /// Rows of x that a block asks for at once, of so many.
     fn x_box(&self, rows: u32) -> u32 {
-        match self.across() {
-            1 => self.rows,
-            blocks => rows.div_ceil(blocks).next_multiple_of(8).min(self.rows / blocks),
+        match self.shared {
+            Shared::W => self.rows,
+            Shared::X => rows.div_ceil(CLUSTER).next_multiple_of(8).min(self.rows / CLUSTER),
         }
     }
 
     /// Rows of w that a block asks for at once.
     fn w_box(&self, onto: Onto) -> u32 {
-        let is_half = self.down() == 2 || matches!(onto, Onto::Gate(_));
+        let is_half = self.shared == Shared::W || matches!(onto, Onto::Gate(_));
         if is_half { self.outputs / 2 } else { self.outputs }
     }
 
@@ -113,8 +97,8 @@ impl Tile {
     /// Two threads a row, and the warp that asks.
     fn grid(&self, clusters: u32) -> Grid {
         Grid {
-            blocks: [clusters * self.blocks(), 1],
-            cluster: self.blocks(),
+            blocks: [clusters * CLUSTER, 1],
+            cluster: CLUSTER,
             threads: self.rows * 2 + 32,
             shared_bytes: self.shared_bytes(),
         }
@@ -122,7 +106,7 @@ impl Tile {
 
     /// Sums that the blocks of so many clusters leave for each other.
     fn parts(&self, clusters: u32) -> usize {
-        len(&[clusters, self.blocks(), self.rows, self.outputs])
+        len(&[clusters, CLUSTER, self.rows, self.outputs])
     }
 }
 
@@ -136,7 +120,8 @@ pub(super) const MODULE: Module = Module {
 #[derive(Debug)]
 pub(super) struct SplitKScratch {
     parts: CudaSlice<u32>,
-    clusters: Clusters,
+    /// Clusters that run at once, whatever the instance: they wait for each other.
+    clusters: u32,
 }
 
 impl SplitKScratch {
@@ -145,8 +130,8 @@ impl SplitKScratch {
     /// # Errors
     /// When the device has not as much memory.
     pub(super) fn new(kernels: &Kernels) -> Result<Self, DeviceError> {
-        let clusters = Clusters::of(kernels)?;
-        let parts = TILES.iter().map(|it| it.parts(clusters.most(it))).max().unwrap_or(0);
+        let clusters = if kernels.is_hopper() { clusters(kernels)? } else { 0 };
+        let parts = TILES.iter().map(|it| it.parts(clusters)).max().unwrap_or(0);
         let mut parts = kernels.memory(parts.max(1))?;
         kernels.stream().memset_zeros(&mut parts).map_err(driver("clear memory"))?;
         Ok(Self { parts, clusters })
@@ -160,36 +145,15 @@ impl SplitKScratch {
     }
 }
 
-fn every_cut(shape: &Linear, clusters: Clusters) -> Vec<Cut> {
+fn every_cut(shape: &Linear, clusters: u32) -> Vec<Cut> {
     let all = TILES.iter().flat_map(|tile| SPLITS.map(|splits| (*tile, splits)));
-    all.filter_map(|(tile, splits)| Cut::of(shape, tile, splits, clusters.most(&tile))).collect()
+    all.filter_map(|(tile, splits)| Cut::of(shape, tile, splits, clusters)).collect()
 }
 
-/// How many clusters of two and of four blocks run at once, whatever the tile: they wait for each other. None but on Hopper.
-#[derive(Debug, Clone, Copy)]
-struct Clusters {
-    of_two: u32,
-    of_four: u32,
-}
-
-impl Clusters {
-    fn of(kernels: &Kernels) -> Result<Self, DeviceError> {
-        if !kernels.is_hopper() {
-            return Ok(Self { of_two: 0, of_four: 0 });
-        }
-        Ok(Self { of_two: at_once(kernels, 2)?, of_four: at_once(kernels, 4)? })
-    }
-
-    fn most(&self, tile: &Tile) -> u32 {
-        if tile.blocks() == 2 { self.of_two } else { self.of_four }
-    }
-}
-
-/// How many clusters of so many blocks run at once.
-fn at_once(kernels: &Kernels, blocks: u32) -> Result<u32, DeviceError> {
-    let mut least = kernels.multiprocessors() / blocks;
-    let all = NAMES.iter().zip(TILES.iter().cycle());
-    for (name, tile) in all.filter(|(_, tile)| tile.blocks() == blocks) {
+/// How many clusters run at once, whatever the tile.
+fn clusters(kernels: &Kernels) -> Result<u32, DeviceError> {
+    let mut least = kernels.multiprocessors() / CLUSTER;
+    for (name, tile) in NAMES.iter().zip(TILES.iter().cycle()) {
         let Some(function) = kernels.function(name) else { continue };
         let count = tile.grid(least).clusters_at_once(kernels, function);
         least = least.min(count.map_err(driver("ask how many clusters run at once"))?);
@@ -239,16 +203,16 @@ impl Cut {
     /// About how many clocks of an H200 it takes: products, what the second cache gives or what memory gives, whichever is most;
     /// then the exchange and the writes. Fitted to measurements (PERFORMANCE.md).
     fn clocks(&self, shape: &Linear) -> f64 {
-        let [rows, outputs, splits] =
-            [self.tile.rows, self.tile.outputs, self.splits].map(f64::from);
-        let blocks = f64::from(self.clusters * self.tile.blocks());
+        let [rows, outputs, clusters, splits] =
+            [self.tile.rows, self.tile.outputs, self.clusters, self.splits].map(f64::from);
         let waves = f64::from(self.units.div_ceil(self.clusters));
         let steps = waves * f64::from(self.steps.div_ceil(self.splits));
         let multiplied = steps * ((rows * outputs / 32.0).max(180.0) + 100.0);
-        let lines = rows / f64::from(self.tile.across()) + outputs / f64::from(self.tile.down());
-        let loaded = steps * blocks * lines * f64::from(DEPTH * 2) / 5500.0;
+        let shared = if self.tile.shared == Shared::X { rows } else { outputs };
+        let step_bytes = f64::from(DEPTH * 2) * (2.0 * (rows + outputs) - shared);
+        let loaded = steps * clusters * step_bytes / 5500.0;
         let weights = f64::from(shape.inputs) * f64::from(shape.w_rows()) * 2.0;
-        let read = weights / (blocks * 22.0).min(2400.0);
+        let read = weights / (clusters * 44.0).min(2400.0);
         let left = (splits - 1.0) / splits * rows * outputs * 4.0;
         let exchanged = if self.splits > 1 { 2000.0 + left / 8.0 } else { 0.0 };
         let written = waves * (1500.0 + rows * outputs / 8.0);
@@ -327,8 +291,7 @@ impl Kernels {
         scratch: &mut SplitKScratch,
     ) -> Result<(), LaunchError> {
         shape.check([x.len(), w.len(), out.len()])?;
-        let most = scratch.clusters.most(&cut.tile);
-        if Cut::of(shape, cut.tile, cut.splits, most) != Some(*cut) {
+        if Cut::of(shape, cut.tile, cut.splits, scratch.clusters) != Some(*cut) {
             return Err(LaunchError::Unsupported(format!("{shape:?} by split_k {cut}")));
         }
         let parts = if cut.splits > 1 { cut.tile.parts(cut.clusters) } else { 0 };
@@ -369,7 +332,7 @@ impl Kernels {
 mod tests {
     use super::*;
 
-    const CLUSTERS: Clusters = Clusters { of_two: 66, of_four: 32 };
+    const CLUSTERS: u32 = 66;
 
     fn cuts(rows: u32, inputs: u32, outputs: u32) -> Vec<Cut> {
         let shape = Linear { rows, inputs, outputs, onto: Onto::Nothing };
@@ -386,7 +349,7 @@ mod tests {
             for cut in found {
                 assert!(cut.row_tiles * cut.tile.cluster_rows() >= rows, "{cut:?}");
                 assert!((cut.row_tiles - 1) * cut.tile.cluster_rows() < rows, "{cut:?}");
-                assert!(cut.clusters <= CLUSTERS.most(&cut.tile), "{cut:?}");
+                assert!(cut.clusters <= CLUSTERS, "{cut:?}");
                 assert!(cut.splits == 1 || cut.units == cut.clusters, "{cut:?}");
             }
         }

@@ -151,11 +151,10 @@ template <typename T, typename KV, int D> struct Producer {
         return memory.tiles[which][stage.index];
     }
 
-    // What this warp has stored itself is there.
+    // What this lane has stored itself is there.
     __device__ __forceinline__ void tell() {
         proxy_fence();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(memory.came(which, stage.index));
+        barrier_arrive(memory.came(which, stage.index));
     }
 
     // Rows that are of nobody are cleared.
@@ -206,6 +205,8 @@ template <typename T, typename KV, int D> struct Producer {
         if (lane == 0) {
             if (which == K) memory.absent[stage.index] = absent;
             barrier_expect(barrier, __popc(there) * bytes);
+        } else if (which == V && !has_gaps) {
+            barrier_arrive(barrier);
         }
         __syncwarp();
         if (id < arena.blocks) {
@@ -273,8 +274,7 @@ template <typename T, typename KV, int D> struct Widener {
             }
         }
         proxy_fence();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&memory.full[which][stage.index]));
+        barrier_arrive(shared_address(&memory.full[which][stage.index]));
         stage.next(STAGES);
     }
 
@@ -401,9 +401,10 @@ template <typename T, typename KV, int D, bool CAPPED> struct Consumer {
     __device__ __forceinline__ uint32_t full(Asked which) { return shared_address(&memory.full[which][stages[which].index]); }
     __device__ __forceinline__ uint32_t address(Asked which) { return shared_address(memory.tiles[which][stages[which].index]); }
 
+    // A lane for all that have only multiplied; each for itself where queries were made f16.
     __device__ __forceinline__ void release(Asked which) {
         __syncwarp();
-        arrive_if(lane == 0, shared_address(&memory.free[which][stages[which].index]));
+        arrive_if((IS_WIDENED<KV> && which == Q) || lane == 0, shared_address(&memory.free[which][stages[which].index]));
         stages[which].next(STAGES);
     }
 
@@ -546,16 +547,20 @@ template <typename T, typename KV, int D, bool CAPPED> struct Consumer {
     }
 };
 
+// Lanes that store arrive each for itself; where copies store, one tells how much comes.
 template <typename T, typename KV, int D> __device__ __forceinline__ void make_barriers(Memory<T, KV, D>& memory) {
+    constexpr bool IS_WIDE = IS_WIDENED<KV>;
     barrier_init(shared_address(&memory.landed), 1);
     barrier_init(shared_address(&memory.work_full), 1);
-    barrier_init(shared_address(&memory.work_free), (CONSUMER_WARPS + ASKED + (IS_WIDENED<KV> ? WIDENERS : 0)) * WARP);
-    for (int which = 0; which < ASKED; which++)
-        for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(shared_address(&memory.full[which][stage]), IS_WIDENED<KV> && which != Q ? POSITIONS / HALF : 1);
-            barrier_init(shared_address(&memory.free[which][stage]), CONSUMER_WARPS);
-            if (IS_WIDENED<KV> && which != Q) barrier_init(memory.came(static_cast<Asked>(which), stage), 1);
+    barrier_init(shared_address(&memory.work_free), (CONSUMER_WARPS + ASKED + (IS_WIDE ? WIDENERS : 0)) * WARP);
+    for (int stage = 0; stage < STAGES; stage++) {
+        for (Asked which : {K, V, Q}) {
+            barrier_init(memory.came(which, stage), which == K ? 1 : WARP);
+            barrier_init(shared_address(&memory.free[which][stage]), CONSUMER_WARPS * (IS_WIDE && which == Q ? WARP : 1));
         }
+        for (Asked which : {K, V})
+            if (IS_WIDE) barrier_init(shared_address(&memory.full[which][stage]), POSITIONS / HALF * WARP);
+    }
 }
 
 template <typename T, typename KV, int D, bool CAPPED> __device__ __forceinline__ void prefill_attention(const Prefill& prefill) {

@@ -21,12 +21,12 @@ const PROPOSALS: usize = 8;
 /// Launches of a graph that is timed, and its replays.
 const LAUNCHES: usize = 12;
 const REPLAYS: usize = 8;
-/// Milliseconds that a launch of the library's costs its neighbours: ours begin beside each other, not beside it. Measured on an H200:
-/// 4 to 5 us for one product of four.
-const LIBRARY_EXTRA: f32 = 0.003;
 /// Rows up to which a shape that was not timed takes [`few_row`], then [`super::split_k`], then the library: measured on an H200.
 const FEW_ROWS: u32 = 4;
 const OWN_ROWS: u32 = 256;
+/// Milliseconds that a launch of the library's costs its neighbours, up to [`OWN_ROWS`]: ours begin beside each other, not beside it.
+/// Measured on an H200: 4 to 5 us for one product of four. With more rows power is the limit, of which a pause takes little.
+const LIBRARY_EXTRA: f32 = 0.003;
 
 /// A way to a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,7 +170,7 @@ impl Products {
             }
         }
         let refused = |source| LaunchError::Driver { what: "to time a product", source };
-        fastest(kernels, &graphs).map_err(refused)?.ok_or(why)
+        fastest(kernels, &graphs, shape.rows).map_err(refused)?.ok_or(why)
     }
 
     /// Writes what [`Self::tune`] has found to the file, if there is one.
@@ -241,11 +241,15 @@ fn has_gate(shape: &Linear) -> bool {
     matches!(shape.onto, Onto::Gate(_))
 }
 
-fn fastest(kernels: &Kernels, graphs: &[(Way, CudaGraph)]) -> Result<Option<Way>, DriverError> {
+fn fastest(
+    kernels: &Kernels,
+    graphs: &[(Way, CudaGraph)],
+    rows: u32,
+) -> Result<Option<Way>, DriverError> {
     let replayed: Vec<_> = graphs.iter().map(|(_, graph)| graph).collect();
     let times = kernels.replayed(&replayed, (0, REPLAYS))?;
     let time = |((way, _), time): (&(Way, CudaGraph), f32)| {
-        let extra = if way.is_library() { LIBRARY_EXTRA } else { 0.0 };
+        let extra = if way.is_library() && rows <= OWN_ROWS { LIBRARY_EXTRA } else { 0.0 };
         (*way, time / LAUNCHES as f32 + extra)
     };
     let ways = graphs.iter().zip(times).map(time);

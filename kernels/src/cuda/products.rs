@@ -22,11 +22,11 @@ const PROPOSALS: usize = 8;
 const LAUNCHES: usize = 12;
 const REPLAYS: usize = 8;
 /// Rows up to which a shape that was not timed takes [`few_row`], then [`super::split_k`], then the library: measured on an H200.
-const FEW_ROWS: u32 = 4;
+const FEW_ROWS: u32 = 1;
 const OWN_ROWS: u32 = 256;
 /// Milliseconds that a launch of the library's costs its neighbours, up to [`OWN_ROWS`]: ours begin beside each other, not beside it.
 /// Measured on an H200: 4 to 5 us for one product of four. With more rows power is the limit, of which a pause takes little.
-const LIBRARY_EXTRA: f32 = 0.003;
+const LIBRARY_EXTRA: f32 = 0.005;
 
 /// A way to a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,6 +139,11 @@ impl Products {
             return Ok(());
         }
         let mut ways = self.own_ways(shape);
+        if kernels.is_hopper() {
+            // The same for all products: behind split_k, blocks of few_row crowd on the multiprocessors that are free first.
+            let has_few_rows = shape.rows <= FEW_ROWS && !has_gate(shape);
+            ways.retain(|way| (way.0 == Kind::FewRow) == has_few_rows);
+        }
         ways.truncate(OURS);
         ways.extend(self.library_ways::<T>(shape)?);
         let way = self.fastest(kernels, (shape, &ways), (x, weights), out)?;

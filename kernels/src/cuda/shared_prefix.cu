@@ -157,7 +157,6 @@ __device__ __forceinline__ void write(const TILE& tile, const SharedPrefix& pref
 
 template <typename T, typename KV, int D> __device__ __forceinline__ void shared_prefix(const SharedPrefix& prefix) {
     extern __shared__ __align__(1024) uint8_t bytes[];
-    let_next_begin();
     wait_for_previous();
     auto& memory = *reinterpret_cast<Memory<KV, D>*>(bytes);
     constexpr uint32_t N = Tiles<KV, D>::POSITIONS;
@@ -187,7 +186,6 @@ template <typename T, typename KV, int D> __device__ __forceinline__ void shared
 
 // Puts the parts of rows that lie across pieces together, a warp a row.
 template <int D> __device__ __forceinline__ void merge(const SharedPrefix& prefix) {
-    let_next_begin();
     wait_for_previous();
     uint32_t lane = threadIdx.x % WARP, heads = prefix.arena.kv_heads * prefix.group;
     uint32_t row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, sequence = row / heads;

@@ -64,14 +64,14 @@ impl Grid {
         Self { blocks, cluster: 1, threads, shared_bytes: 0 }
     }
 
-    /// At most so many blocks on a multiprocessor: those that begin beside others take what places there are, and would crowd on some
-    /// multiprocessors while others have none.
-    pub(super) fn spread(self, kernels: &Kernels, at_most: u32) -> Self {
+    /// With so much shared memory a block, and at most so many blocks on a multiprocessor: those that begin beside others take what
+    /// places there are, and would crowd on some multiprocessors while others have none.
+    pub(super) fn spread(self, kernels: &Kernels, shared_bytes: u32, at_most: u32) -> Self {
         let least = match kernels.begins() {
             Begins::After => 0,
             Begins::Beside => SHARED / (at_most + 1),
         };
-        Self { shared_bytes: self.shared_bytes.max(least), ..self }
+        Self { shared_bytes: shared_bytes.max(least), ..self }
     }
 
     /// How many of its clusters run at once.

@@ -204,8 +204,7 @@ mod launch {
             let heads = group.next_multiple_of(HEADS);
             let function =
                 self.kernel(&format!("decode_{}{}_{dims}_{heads}", T::NAME, KV::SUFFIX))?;
-            let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
-            let grid = self.decode_grid(shape.sequences, heads, (dims, row))?;
+            let grid = self.decode_grid(shape.sequences, heads, (dims, dims * KV::BYTES))?;
             let mut prefix = PrefixArgument::default();
             if let Some(prefixes) = &input.prefixes {
                 let none = || LaunchError::Unsupported("prefixes without their scratch".to_owned());
@@ -237,7 +236,7 @@ mod launch {
             }
             let blocks = (SHARED / (bytes + PER_BLOCK)).clamp(1, BLOCKS);
             let grid = Grid::of([self.multiprocessors() * blocks, 1], warps * 32);
-            Ok(Grid { shared_bytes: bytes, ..grid }.spread(self, blocks))
+            Ok(grid.spread(self, bytes, blocks))
         }
 
         fn argument<T: Real, KV: DeviceRepr>(

@@ -62,7 +62,7 @@ mod launch {
 
     use super::PagedPrefill;
     use crate::cpu::KernelError;
-    use crate::cuda::attention::AttentionArgument;
+    use crate::cuda::attention::{AttentionArgument, tile_bytes};
     use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{each_kv_dtype, launched, len, same};
@@ -136,7 +136,6 @@ mod launch {
                 return Ok(());
             }
             let dims = arena.shape.head_dim;
-            let bytes = u32::try_from(size_of::<KV>()).unwrap_or(2);
             let is_hopper = self.is_hopper() && matches!(dims, 64 | 128);
             let prefix = if is_hopper { "prefill_90" } else { "prefill" };
             let suffix =
@@ -144,16 +143,15 @@ mod launch {
             let name = format!("{prefix}_{}{}_{dims}{suffix}", T::NAME, KV::SUFFIX);
             let function = self.kernel(&name)?;
             // Hopper: two stages of 128 rows of q, K and V, and 8 rows of results for each of 8 warps, all of 16 bits, and a warpgroup
-            // more where K and V are widened; else two stages of 64 positions, of 32 where heads are large.
-            let positions = if dims > 128 { 32 } else { 64 };
+            // more where K and V are widened.
             let (blocks, threads, tiles) = if is_hopper {
-                (1, if bytes == 1 { 512 } else { 384 }, (3 * 2 * 128 + 8 * 8) * dims * 2)
+                (1, if KV::BYTES == 1 { 512 } else { 384 }, (3 * 2 * 128 + 8 * 8) * dims * 2)
             } else {
-                (2, 128, 2 * 2 * positions * dims * bytes)
+                (2, 128, tile_bytes(dims, dims * KV::BYTES))
             };
             let shared_bytes = tiles + 1024 + (shape.sequences + 1) * 4;
             let grid = Grid::of([self.multiprocessors() * blocks, 1], threads);
-            let grid = Grid { shared_bytes, ..grid }.spread(self, blocks);
+            let grid = grid.spread(self, shared_bytes, blocks);
             let argument = self.prefill_argument(shape, (arena, input), (q, out));
             // SAFETY: the argument is that of `prefill_*` in paged_prefill.cu and paged_prefill_90.cu, which stay within the lengths
             // checked above, bound rows, positions and block ids by them and wait before they read.

@@ -31,12 +31,16 @@ impl Real for f16 {
 pub trait KvReal<T: Real>: DeviceRepr + Copy + Into<f32> + 'static {
     /// In the names of kernels, behind the name of `T`.
     const SUFFIX: &str;
+    /// Of a number.
+    const BYTES: u32;
 }
 
 impl<T: Real> KvReal<T> for T {
     const SUFFIX: &str = "";
+    const BYTES: u32 = 2;
 }
 
 impl<T: Real> KvReal<T> for E4m3 {
     const SUFFIX: &str = "_e4m3";
+    const BYTES: u32 = 1;
 }

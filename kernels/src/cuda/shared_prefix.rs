@@ -35,7 +35,7 @@ mod launch {
     use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
     use crate::cpu::KernelError;
-    use crate::cuda::attention::AttentionArgument;
+    use crate::cuda::attention::{AttentionArgument, tile_bytes};
     use crate::cuda::beside::Grid;
     use crate::cuda::device::Module;
     use crate::cuda::launch::{at_least, below, each_kv_dtype, launched, len, same};
@@ -178,12 +178,9 @@ mod launch {
                 across: scratch.across.device_ptr_mut(stream).0,
                 results,
             };
-            // Two stages of 64 positions, of 32 where heads are large.
-            let positions = if dims > 128 { 32 } else { 64 };
-            let row = dims * u32::try_from(size_of::<KV>()).unwrap_or(2);
-            let shared_bytes = 2 * 2 * positions * row + 1024 + groups * 4;
+            let shared_bytes = tile_bytes(dims, dims * KV::BYTES) + 1024 + groups * 4;
             let grid = Grid::of([BLOCKS * self.multiprocessors(), 1], THREADS);
-            let grid = Grid { shared_bytes, ..grid }.spread(self, BLOCKS);
+            let grid = grid.spread(self, shared_bytes, BLOCKS);
             // SAFETY: the argument is that of `shared_prefix_*` in shared_prefix.cu, which stays within the lengths checked, bounds
             // groups, blocks, lengths and block ids by them and waits first.
             launched("shared_prefix", unsafe { grid.queue(self, function, &argument) })?;

@@ -96,10 +96,11 @@ mod launch {
     /// Sequences of a launch: their sums are in shared memory.
     const MOST_SEQUENCES: u32 = 4096;
 
-    /// What row_tile.cuh keeps in shared memory: two stages of 64 positions of K and V, of 32 where heads are large. `row`: bytes.
-    pub(in crate::cuda) fn tile_bytes(dims: u32, row: u32) -> u32 {
+    /// What row_tile.cuh keeps in shared memory: two stages of 64 positions of K and V, of 32 where heads are large. A number of K has
+    /// so many bytes.
+    pub(in crate::cuda) fn tile_bytes(dims: u32, bytes: u32) -> u32 {
         let positions = if dims > 128 { 32 } else { 64 };
-        2 * 2 * positions * row
+        2 * 2 * positions * dims * bytes
     }
 
     /// What all kernels take: `Attention` in attention.cuh, field by field.

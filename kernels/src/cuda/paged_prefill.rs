@@ -147,7 +147,7 @@ mod launch {
             let (blocks, threads, tiles) = if is_hopper {
                 (1, if KV::BYTES == 1 { 512 } else { 384 }, (3 * 2 * 128 + 8 * 8) * dims * 2)
             } else {
-                (2, 128, tile_bytes(dims, dims * KV::BYTES))
+                (2, 128, tile_bytes(dims, KV::BYTES))
             };
             let shared_bytes = tiles + 1024 + (shape.sequences + 1) * 4;
             let grid = Grid::of([self.multiprocessors() * blocks, 1], threads);

@@ -21,7 +21,8 @@ const PROPOSALS: usize = 8;
 /// Launches of a graph that is timed, and its replays.
 const LAUNCHES: usize = 12;
 const REPLAYS: usize = 8;
-/// Rows up to which a shape that was not timed takes [`few_row`], then [`super::split_k`], then the library: measured on an H200.
+/// Rows up to which a shape that was not timed takes [`few_row`], then [`super::split_k`], then the library: measured on an H200. One
+/// that is timed on Hopper chooses between the first two at the same bound ([`Products::tune`]).
 const FEW_ROWS: u32 = 1;
 const OWN_ROWS: u32 = 256;
 /// Milliseconds that a launch of the library's costs its neighbours, up to [`OWN_ROWS`]: ours begin beside each other, not beside it.

@@ -178,7 +178,7 @@ mod launch {
                 across: scratch.across.device_ptr_mut(stream).0,
                 results,
             };
-            let shared_bytes = tile_bytes(dims, dims * KV::BYTES) + 1024 + groups * 4;
+            let shared_bytes = tile_bytes(dims, KV::BYTES) + 1024 + groups * 4;
             let grid = Grid::of([BLOCKS * self.multiprocessors(), 1], THREADS);
             let grid = grid.spread(self, shared_bytes, BLOCKS);
             // SAFETY: the argument is that of `shared_prefix_*` in shared_prefix.cu, which stays within the lengths checked, bounds

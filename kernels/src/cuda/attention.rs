@@ -173,3 +173,35 @@ mod launch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_sees_its_window_of_the_blocks_that_are_there() {
+        let shape = ArenaShape { blocks: 7, block_size: 8, layers: 2, kv_heads: 2, head_dim: 64 };
+        let seen = |window, length| -> Vec<(u32, u32)> {
+            let attention = PagedAttention {
+                table_width: 3,
+                layer: 1,
+                heads: 4,
+                scale: 1.0,
+                window,
+                soft_cap: None,
+            };
+            let slots = attention.seen(&shape, &[1, 2, 3, 4, 7, 6], (1, length, 3));
+            assert!(slots.iter().all(|slot| (slot.layer, slot.head) == (1, 1)));
+            slots.iter().map(|slot| (slot.block, slot.row)).collect()
+        };
+        let of =
+            |block, rows: std::ops::Range<u32>| rows.map(|row| (block, row)).collect::<Vec<_>>();
+        // The second block, 7, is not the arena's.
+        assert_eq!(seen(None, 12), of(4, 0..8));
+        assert_eq!(seen(Some(11), 12), of(4, 1..8));
+        assert_eq!(seen(Some(3), 24), of(6, 5..8));
+        assert_eq!(seen(Some(3), 100), of(6, 5..8), "no more than the table has room for");
+        assert_eq!(seen(Some(1), 1), of(4, 0..1));
+        assert_eq!(seen(None, 0), vec![]);
+    }
+}
